@@ -1,0 +1,172 @@
+"""Pretrain a GPT on `megatron.training` from PyPI, with MiLe Loss or any other objective.
+
+The wheels of megatron-core hold the training loop but no entry point; this is one. It takes every
+flag of Megatron, and the --mile flags:
+
+    torchrun --nproc-per-node 2 examples/pretrain_gpt.py --mile-objective mile \\
+        --tensor-model-parallel-size 2 --mock-data ... [--mile-cpu]
+    python examples/pretrain_gpt.py --help
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # A clone that is not installed is found too; CPU mode must come before any import of megatron.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from megatron_mile.launch import one_line_errors, prepare
+
+    arguments = sys.argv[1:]
+    with one_line_errors():
+        prepare(arguments)
+    sys.argv[1:] = arguments
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import (
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_timers, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+BATCH = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+
+def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | None) -> list[Any]:
+    """Return this rank's (tokens, labels, loss_mask, position_ids, attention_mask), each [b, s/cp].
+
+    TP rank 0 reads, the others receive; middle pipeline stages need nothing.
+    """
+    args = get_args()
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return [None] * len(BATCH)
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    batch: dict[str, Any] = {}
+    if tp_rank == 0:
+        sample = next(data_iterator)
+        batch = {name: sample[name].cuda() if name in sample else None for name in BATCH}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch.setdefault("cu_seqlens", None)
+    batch = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
+    return [batch[name] for name in BATCH]
+
+
+def loss_func(
+    loss_mask: torch.Tensor, output_tensor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum the loss per token [b, s] over the mask [b, s], as `megatron.training` wants it.
+
+    Returns:
+        (loss sum, number of tokens as int32, {"lm loss": [sum, count]}), all of this rank.
+    """
+    mask = loss_mask.view(-1).float()
+    loss = (output_tensor.view(-1).float() * mask).sum()
+    if get_args().check_for_nan_in_loss_and_grad:
+        for bad, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            get_rerun_state_machine().validate_result(
+                result=loss,
+                rejection_func=bad,
+                message=f"{name} in the loss of this rank",
+                tolerance=0.0,
+                fatal=True,
+            )
+    count = mask.sum().to(torch.int)
+    return loss, count, {"lm loss": torch.stack([loss.detach(), count.to(loss.dtype)])}
+
+
+def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[Any, Any]:
+    """Run the model on one micro-batch; return its loss per token and the function that sums it."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    tokens, labels, loss_mask, position_ids, attention_mask = get_batch(data_iterator, vp_stage)
+    timers("batch-generator").stop()
+    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+    return output, functools.partial(loss_func, loss_mask)
+
+
+def dataset_config() -> GPTDatasetConfig:
+    """Collect what Megatron's GPT datasets need from the command line."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+    )
+
+
+def builds_data(vp_stage: int | None = None) -> bool:
+    """Whether this rank reads data: TP rank 0 of the first and the last pipeline stage."""
+    return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+
+
+def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """Build the train, validation and test datasets with the given numbers of samples."""
+    kind = MockGPTDataset if get_args().mock_data else GPTDataset
+    builder = BlendedMegatronDatasetBuilder(
+        kind, samples, functools.partial(builds_data, vp_stage=vp_stage), dataset_config()
+    )
+    train, valid, test = builder.build()
+    return train, valid, test
+
+
+# Megatron reads this attribute: every rank calls the provider, not rank 0 alone.
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    """Parse Megatron's flags and train."""
+    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,33 @@
+"""megatron_mile: an entropy-weighted training objective for Megatron, exact at every layout.
+
+`token_loss` and `reduce_loss` need torch alone; `install`, `uninstall`, `attach` and
+`wrap_forward_step` put them into a Megatron job and import it when they are first used.
+"""
+
+from typing import Any
+
+from megatron_mile.config import ObjectiveConfig
+from megatron_mile.loss import TokenLoss, reduce_loss, token_loss
+
+__version__ = "0.1.0"
+__all__ = [
+    "ObjectiveConfig",
+    "TokenLoss",
+    "attach",
+    "install",
+    "reduce_loss",
+    "token_loss",
+    "uninstall",
+    "wrap_forward_step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the Megatron side only when one of its names is asked for."""
+    if name in ("install", "uninstall", "attach"):
+        from megatron_mile.integration import install as module
+    elif name == "wrap_forward_step":
+        from megatron_mile.integration import loss_func as module
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(module, name)

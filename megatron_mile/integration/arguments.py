@@ -1,0 +1,121 @@
+"""The --mile-* flags: generated from ObjectiveConfig, plus the few that concern the run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from megatron_mile.config import ObjectiveConfig
+from megatron_mile.integration.errors import MileError
+
+NO_OBJECTIVE = "none"
+# Settings that say how the objective is computed, not what it is: free to change on resume.
+_HOW = ("backend",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group of --mile-* flags to Megatron's parser, and return the parser."""
+    group = parser.add_argument_group(title="megatron_mile", description="training objective")
+    for setting in dataclasses.fields(ObjectiveConfig):
+        options: dict[str, Any] = {"default": setting.default, "help": setting.metadata["help"]}
+        choices = setting.metadata.get("choices")
+        if setting.name == "objective":
+            choices = (NO_OBJECTIVE, *choices)
+            options["default"] = NO_OBJECTIVE
+            options["help"] = "none leaves the host's own loss untouched; " + options["help"]
+        if isinstance(setting.default, bool):
+            options["action"] = "store_true"
+        elif choices:
+            options["choices"] = choices
+        else:
+            options["type"] = type(setting.default)
+        options["help"] = f"{options['help']} (default {options['default']})"
+        group.add_argument("--mile-" + setting.name.replace("_", "-"), **options)
+    group.add_argument(
+        "--mile-allow-change",
+        action="store_true",
+        help="resume a checkpoint that was trained with other objective settings (default False)",
+    )
+    group.add_argument(
+        "--mile-cpu",
+        action="store_true",
+        help="run on CPUs over gloo; also on with an explicit --distributed-backend gloo on a "
+        "machine without a GPU (default False)",
+    )
+    return parser
+
+
+def given(argv: Sequence[str]) -> list[str]:
+    """The --mile-* words of a command line."""
+    return [word for word in argv if word.startswith("--mile-")]
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the --mile-* flags of a job's command line and leave the rest to Megatron.
+
+    Raises:
+        MileError: A flag is unknown or has a value that does not fit.
+    """
+    parser = add_arguments(_OneLineParser(add_help=False, allow_abbrev=False))
+    namespace, others = parser.parse_known_args(list(argv))
+    for word in given(others):
+        flag = word.split("=", 1)[0]
+        known = [name for action in parser._actions for name in action.option_strings]
+        close = difflib.get_close_matches(flag, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the flags are {', '.join(known)}"
+        raise MileError(f"unknown flag {flag}; {hint}")
+    config_from_namespace(namespace)
+    return namespace
+
+
+def config_from_namespace(namespace: argparse.Namespace) -> ObjectiveConfig | None:
+    """Build the objective from parsed flags (Megatron's args or `parse`'s); None for "none".
+
+    Raises:
+        MileError: The settings do not fit, or settings were given without an objective.
+    """
+    values = objective_settings(vars(namespace))
+    if values["objective"] != NO_OBJECTIVE:
+        try:
+            return ObjectiveConfig(**values)
+        except ValueError as error:
+            raise MileError(f"--mile flags: {error}") from error
+    for setting in dataclasses.fields(ObjectiveConfig):
+        if setting.name != "objective" and values[setting.name] != setting.default:
+            raise MileError(
+                f"--mile-{setting.name.replace('_', '-')} is {values[setting.name]} but no "
+                "objective is set; add --mile-objective mile (or ce, focal)"
+            )
+    return None
+
+
+def objective_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the mile_* entries of Megatron's args; absent ones have their defaults."""
+    values = {
+        setting.name: stored.get("mile_" + setting.name, setting.default)
+        for setting in dataclasses.fields(ObjectiveConfig)
+    }
+    values["objective"] = stored.get("mile_objective", NO_OBJECTIVE)
+    return values
+
+
+def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Name the settings in which a checkpoint's objective differs from this job's."""
+    before, now = objective_settings(stored), objective_settings(current)
+    if before["objective"] == now["objective"] == NO_OBJECTIVE:
+        return []
+    return [
+        f"{name} {before[name]} -> {now[name]}"
+        for name in before
+        if name not in _HOW and before[name] != now[name]
+    ]
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse without its page of usage in front of an error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise MileError(message)

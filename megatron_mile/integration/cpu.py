@@ -1,0 +1,244 @@
+"""Let unmodified `megatron.training` run where there is no GPU, over gloo.
+
+Megatron names CUDA in four ways, and each gets its own small answer:
+
+* `device="cuda"` in factory calls and moves -> rewritten to "cpu" by a torch function mode;
+* `torch.cuda.current_device()`, streams, events, memory figures -> stand-ins that do nothing;
+* the CUDA random generator -> a generator of its own, so that what a GPU would draw (dropout,
+  warm-up tensors) never disturbs the CPU generator that initialises the weights;
+* `torch.cuda.is_available()` stays False: only `initialize_megatron` is told to go on without.
+
+Nothing here is an emulation of speed or memory: it is for tests, demonstrations and debugging.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_mile.integration.errors import MileError
+
+CPU = torch.device("cpu")
+# Megatron options that need CUDA kernels, and the setting that runs without them.
+CPU_FLAGS: tuple[tuple[str, ...], ...] = (
+    ("--distributed-backend", "gloo"),
+    ("--transformer-impl", "local"),
+    ("--use-cpu-initialization",),
+    ("--no-masked-softmax-fusion",),
+    ("--no-gradient-accumulation-fusion",),
+    ("--no-bias-gelu-fusion",),
+    ("--no-bias-swiglu-fusion",),
+    ("--no-bias-dropout-fusion",),
+    ("--no-rope-fusion",),
+    ("--no-persist-layer-norm",),
+)
+_DROPOUTS = (torch.nn.functional.dropout, torch.dropout, torch.native_dropout)
+_DRAWS = (torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal)
+_enabled = False
+
+
+def wanted(argv: Sequence[str]) -> bool:
+    """Whether a job's command line asks for CPU mode.
+
+    It does with `--mile-cpu`, or with an explicit `--distributed-backend gloo` on a machine
+    without a GPU; never by itself, so that a node with a dead driver fails as Megatron fails.
+    """
+    if "--mile-cpu" in argv:
+        return True
+    return _value_of("--distributed-backend", argv) == "gloo" and not torch.cuda.is_available()
+
+
+def complete_argv(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Add the Megatron flags that a CPU run needs.
+
+    Returns:
+        The completed command line, and the flags that were added (for the start block). A flag
+        given with another value is overridden: argparse takes the last one.
+    """
+    added: list[list[str]] = []
+    for flag in CPU_FLAGS:
+        present = flag[0] in argv if len(flag) == 1 else _value_of(flag[0], argv) == flag[1]
+        if not present:
+            added.append(list(flag))
+    return [*argv, *(word for flag in added for word in flag)], [" ".join(f) for f in added]
+
+
+def _value_of(option: str, argv: Sequence[str]) -> str | None:
+    """Last value of `option` on a command line, in either spelling, or None."""
+    value = None
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word == option:
+            value = following
+        elif word.startswith(option + "="):
+            value = word.split("=", 1)[1]
+    return value
+
+
+def enable() -> None:
+    """Switch this process to CPU mode; idempotent, for the life of the process.
+
+    Raises:
+        MileError: megatron.core is imported already (it binds CUDA functions by name).
+    """
+    global _enabled
+    if _enabled:
+        return
+    if "megatron.core" in sys.modules:
+        raise MileError(
+            "CPU mode must be enabled before megatron.core is imported: "
+            "start the script with `-m megatron_mile.launch`, or call enable() first"
+        )
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron requires it for TP > 1
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # fused helpers run as the plain functions they wrap
+    _replace_cuda_functions(torch.Generator())
+    _patch_megatron()
+    _DeviceToCpu().__enter__()
+    _enabled = True
+
+
+class _DeviceToCpu(TorchFunctionMode):
+    """Sends every tensor that is meant for CUDA to the CPU, random draws included."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Rewrite devices, keep GPU draws on their own generator, name types as on a GPU."""
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The optimizers select parameters by this name.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        meant_for_gpu = _names_cuda(kwargs.get("device"))
+        if meant_for_gpu:
+            kwargs["device"] = CPU
+        if func is torch.Tensor.to:
+            args = tuple(CPU if _names_cuda(value) else value for value in args)
+        if func in _DROPOUTS or (meant_for_gpu and func in _DRAWS):
+            with _gpu_generator():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _names_cuda(device: Any) -> bool:
+    """Whether a device argument means a GPU."""
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+@contextlib.contextmanager
+def _gpu_generator() -> Iterator[None]:
+    """Let CPU operations draw from the generator that stands for the GPU's."""
+    generator = torch.cuda.default_generators[CPU]  # type: ignore[call-overload]
+    cpu_state = torch.get_rng_state()
+    torch.set_rng_state(generator.get_state())
+    try:
+        yield
+    finally:
+        generator.set_state(torch.get_rng_state())
+        torch.set_rng_state(cpu_state)
+
+
+class _Finished:
+    """A stream or event that has always finished: CPU operations are in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+    def __enter__(self) -> _Finished:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+def _replace_cuda_functions(generator: torch.Generator) -> None:
+    """Put stand-ins for what Megatron calls unconditionally into `torch.cuda`."""
+
+    def nothing() -> Callable[..., None]:
+        # One object a name: Dynamo's rules refuse the same function under two.
+        return lambda *args, **kwargs: None
+
+    def set_state(state: torch.Tensor, device: Any = None) -> None:
+        generator.set_state(state)
+
+    def get_state(device: Any = None) -> torch.Tensor:
+        return generator.get_state()
+
+    stand_ins: dict[str, Any] = {
+        "current_device": lambda: CPU,
+        "set_device": nothing(),
+        "synchronize": nothing(),
+        "empty_cache": nothing(),
+        "Stream": type("Stream", (_Finished,), {}),
+        "Event": type("Event", (_Finished,), {}),
+        "stream": lambda *args: _Finished(),
+        "current_stream": lambda *args: _Finished(),
+        "memory_stats": lambda *args, **kwargs: defaultdict(int),
+        "memory_allocated": lambda *args: 0,
+        "max_memory_allocated": lambda *args: 0,
+        "memory_reserved": lambda *args: 0,
+        "max_memory_reserved": lambda *args: 0,
+        "get_device_capability": lambda *args: (0, 0),
+        "get_device_properties": lambda *args: SimpleNamespace(name="cpu", major=0, minor=0),
+        "default_generators": {CPU: generator},
+        "manual_seed": generator.manual_seed,
+        "get_rng_state": get_state,
+        "set_rng_state": set_state,
+        "_lazy_init": nothing(),
+        "_lazy_call": lambda function, **kwargs: function(),
+    }
+    for name, value in stand_ins.items():
+        setattr(torch.cuda, name, value)
+    torch.cuda.random.get_rng_state = get_state
+    torch.cuda.random.set_rng_state = set_state
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign,assignment]
+
+
+def _patch_megatron() -> None:
+    """Pass over Megatron's own assertion that CUDA is there, and its C++ build step."""
+    from megatron.core.datasets import utils as dataset_utils
+    from megatron.training import initialize, training
+
+    host_initialize = initialize.initialize_megatron
+
+    def initialize_without_cuda(*args: Any, **kwargs: Any) -> Any:
+        # Megatron builds its process groups only where it counts a device.
+        device_count = torch.cuda.device_count
+        torch.cuda.device_count = lambda: 1
+        try:
+            return host_initialize(*args, **{**kwargs, "allow_no_cuda": True})
+        finally:
+            torch.cuda.device_count = device_count
+
+    initialize.initialize_megatron = initialize_without_cuda
+    training.initialize_megatron = initialize_without_cuda
+    skip_helper_build(dataset_utils)
+
+
+def skip_helper_build(dataset_utils: Any) -> None:
+    """Skip the build of the dataset helpers where they are there already.
+
+    The wheels hold the compiled helper but no Makefile, so Megatron's own `compile_helpers`
+    (megatron/core/datasets/utils.py) ends the process on every machine, with a GPU or without.
+    """
+    with contextlib.suppress(ImportError):
+        import megatron.core.datasets.helpers_cpp  # noqa: F401
+
+        dataset_utils.compile_helpers = lambda: None

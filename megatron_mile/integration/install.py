@@ -1,0 +1,206 @@
+"""Patch and unpatch `LanguageModule.compute_language_model_loss`, the one method that Megatron's
+language models call for their loss, with checks that it still is what was tested.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_mile.config import ObjectiveConfig
+from megatron_mile.integration import versions
+from megatron_mile.integration.errors import MileCompatError, MileError
+from megatron_mile.integration.loss_func import current_window, is_training, unwrap
+from megatron_mile.loss import TokenLoss, token_loss
+from megatron_mile.ops import dispatch
+from megatron_mile.parallel import ProcessGroup
+
+METHOD = "compute_language_model_loss"
+_attached: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def install(config: ObjectiveConfig) -> None:
+    """Patch the class, so that every language model of this process trains with the objective.
+
+    Call it before or after the model is built, and hand Megatron a forward step that
+    `wrap_forward_step` has wrapped. A second call replaces the settings of the first.
+
+    Raises:
+        MileCompatError: The installed Megatron does not have the method as expected.
+        ValueError: The backend does not run here.
+    """
+    dispatch.select(config.backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    uninstall()
+    owner = loss_owner()
+    setattr(owner, METHOD, _make_hook(getattr(owner, METHOD), config))
+
+
+def uninstall() -> None:
+    """Undo `install` and every `attach`; nothing happens where nothing is patched."""
+    owner = loss_owner()
+    hook = owner.__dict__.get(METHOD)
+    if installed_config(hook) is not None:
+        setattr(owner, METHOD, hook.__wrapped__)
+    for module in list(_attached):
+        module.__dict__.pop(METHOD, None)
+        _attached.discard(module)
+
+
+def attach(model: Any, config: ObjectiveConfig) -> None:
+    """Patch one model instance, wrapped or not, or each chunk of a list; idempotent.
+
+    Raises:
+        MileError: A chunk on the last pipeline stage has no `compute_language_model_loss`.
+    """
+    for chunk in model if isinstance(model, (list, tuple)) else [model]:
+        module = unwrap(chunk)
+        if not hasattr(module, METHOD):
+            raise MileError(
+                f"attach: {type(module).__name__} has no method {METHOD}; expected a Megatron "
+                "language model such as GPTModel"
+            )
+        host = getattr(type(module), METHOD)
+        host = host.__wrapped__ if installed_config(host) is not None else host
+        module.__dict__[METHOD] = types.MethodType(_make_hook(host, config), module)
+        _attached.add(module)
+
+
+def installed_config(function: Any) -> ObjectiveConfig | None:
+    """The objective of a function that is our hook, else None."""
+    return getattr(function, "__megatron_mile__", None)
+
+
+def loss_owner() -> type:
+    """The class that owns the loss method, once version and signatures have been checked.
+
+    Raises:
+        MileCompatError: Megatron is missing, or differs from what versions.py expects.
+    """
+    _warn_untested_version()
+    resolve(versions.LOSS_METHOD)
+    owner = getattr(importlib.import_module(versions.LOSS_METHOD.module), "LanguageModule")  # noqa: B009
+    for module_name, class_name in versions.MODELS:
+        model = getattr(_import(module_name), class_name, None)
+        if model is None or METHOD in model.__dict__:
+            raise _drift(f"{module_name}.{class_name} without a {METHOD} of its own", model)
+    return owner
+
+
+def resolve(symbol: versions.Symbol) -> Callable[..., Any]:
+    """Find a function of Megatron and check its parameters.
+
+    Raises:
+        MileCompatError: It is missing, or its parameters are not those expected.
+    """
+    found: Any = _import(symbol.module)
+    for part in symbol.name.split("."):
+        found = getattr(found, part, None)
+    expected = f"{symbol.module}.{symbol.name}({', '.join(symbol.parameters)})"
+    if not callable(found):
+        raise _drift(expected, found)
+    parameters = tuple(inspect.signature(found).parameters)
+    fits = parameters == symbol.parameters if symbol.exact else set(symbol.parameters) <= {
+        *parameters
+    }
+    if not fits:
+        raise _drift(expected, f"parameters ({', '.join(parameters)})")
+    return found  # type: ignore[no-any-return]
+
+
+def _import(name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise MileCompatError(
+            f"cannot import {name}: {error}; install Megatron with "
+            "`pip install 'megatron-mile[train]'`, or run inside the Megatron-LM environment"
+        ) from error
+
+
+def _drift(expected: str, found: Any) -> MileCompatError:
+    import megatron.core
+
+    return MileCompatError(
+        f"megatron.core {megatron.core.__version__} ({megatron.core.__file__}): expected "
+        f"{expected}, found {found}; tested with {', '.join(versions.TESTED)}: install one of "
+        "these, or report the version"
+    )
+
+
+def _warn_untested_version() -> None:
+    from packaging.version import Version
+
+    found = _import("megatron.core").__version__
+    first, last = versions.WINDOW
+    if not first <= Version(found).release[:2] <= last:
+        warnings.warn(
+            f"megatron_mile was tested with megatron-core {', '.join(versions.TESTED)}, not "
+            f"{found}; signatures are checked, numbers are not",
+            stacklevel=4,
+        )
+
+
+def _make_hook(host: Callable[..., torch.Tensor], config: ObjectiveConfig) -> Callable[..., Any]:
+    """Build the method that replaces `host`."""
+
+    def compute_language_model_loss(
+        self: Any, labels: torch.Tensor, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted loss per token, [b, s], of labels [b, s] and logits [s, b, V/tp]."""
+        if not is_training(self):
+            return host(self, labels, logits)
+        window = current_window()
+        if window is None:
+            raise MileError(
+                "the objective is installed, but nobody would normalise its loss: pass your "
+                "forward_step through megatron_mile.wrap_forward_step, or start the script with "
+                "`-m megatron_mile.launch`"
+            )
+        window.calls += 1
+        if window.calls <= _mtp_heads(self):
+            return host(self, labels, logits)
+        group = tp_group_of(self)
+        _check_shard(self, labels, logits, group)
+        stats = token_loss(logits, labels.transpose(0, 1), config, group, inplace=True)
+        stats = TokenLoss(*(field.transpose(0, 1).contiguous() for field in stats))
+        window.put(stats)
+        return stats.loss
+
+    compute_language_model_loss.__wrapped__ = host  # type: ignore[attr-defined]
+    compute_language_model_loss.__megatron_mile__ = config  # type: ignore[attr-defined]
+    return compute_language_model_loss
+
+
+def _mtp_heads(model: Any) -> int:
+    """How many multi-token-prediction losses come before the main one in each forward."""
+    return (model.config.mtp_num_layers or 0) if getattr(model, "mtp_process", False) else 0
+
+
+def tp_group_of(model: Any) -> ProcessGroup:
+    """The tensor-parallel group that shares the model's vocabulary."""
+    return model.pg_collection.tp  # type: ignore[no-any-return]
+
+
+def _check_shard(
+    model: Any, labels: torch.Tensor, logits: torch.Tensor, group: ProcessGroup
+) -> None:
+    """Raise unless logits are [s, b, V/tp] of labels [b, s] and the model's padded vocabulary."""
+    if logits.dim() != 3 or logits.shape[:2] != labels.shape[::-1]:
+        raise MileError(
+            f"logits are {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected "
+            "[s, b, V/tp] and [b, s]"
+        )
+    vocabulary = getattr(model, "vocab_size", None)
+    if vocabulary is not None and logits.size(-1) * group.size() != vocabulary:
+        raise MileError(
+            f"a logits shard of {logits.size(-1)} columns on each of {group.size()} "
+            f"tensor-parallel ranks does not make the padded vocabulary of {vocabulary}; build "
+            "the model with parallel_output=True and a vocabulary padded to a multiple of TP"
+        )

@@ -1,0 +1,84 @@
+"""Run any Megatron training script with the objective, without a changed line in it.
+
+Usage:
+    torchrun --nproc-per-node 8 -m megatron_mile.launch pretrain_gpt.py \\
+        --mile-objective mile --mile-gamma 1.0 [the job's own arguments]
+    python -m megatron_mile.launch --help
+
+Without a --mile flag the script runs as if it had been started directly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+def prepare(argv: list[str]) -> None:
+    """Read the --mile flags in `argv` (without the script's name) and hook Megatron.
+
+    Call it before the first import of megatron. CPU mode adds the flags it needs to `argv`.
+    A second call changes nothing, so a script that calls it may also be started by the launcher.
+
+    Raises:
+        MileError: A flag does not fit, or Megatron is not as expected.
+    """
+    from megatron_mile.integration import arguments, cpu
+
+    on_cpu = cpu.wanted(argv)
+    asks_help = "--help" in argv or "-h" in argv
+    if not (arguments.given(argv) or on_cpu or asks_help):
+        return
+    settings: Namespace = arguments.parse(argv)
+    notes: list[tuple[str, str]] = []
+    if on_cpu:
+        completed, added = cpu.complete_argv(argv)
+        argv[:] = completed
+        cpu.enable()
+        reason = "--mile-cpu" if settings.mile_cpu else "--distributed-backend gloo, no GPU"
+        notes = [("cpu mode", reason), ("flags added", " ".join(added) or "none")]
+    from megatron_mile.integration.job import hook_job
+
+    hook_job(settings, notes)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process with one line on stderr instead of a traceback for errors of ours."""
+    from megatron_mile.integration.errors import MileError
+
+    try:
+        yield
+    except MileError as error:
+        print(f"megatron_mile: error: {error}", file=sys.stderr, flush=True)
+        # Other ranks wait in a collective: leave without the interpreter's orderly shutdown.
+        os._exit(1)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the script named first in `argv` with the rest as its command line."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    script = argv[0]
+    if not os.path.isfile(script):
+        print(f"megatron_mile: error: no script at {script}", file=sys.stderr)
+        raise SystemExit(2)
+    sys.argv = list(argv)
+    # As `python script` does: its folder is where its imports start.
+    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    with one_line_errors():
+        arguments = sys.argv[1:]
+        prepare(arguments)
+        sys.argv[1:] = arguments
+        runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

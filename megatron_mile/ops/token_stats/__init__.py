@@ -1,0 +1,49 @@
+"""Token statistics: four numbers per token and shard from which nll, entropy and gradient follow.
+
+For a row z of logits, with local target y,
+
+    m = max_j z_j,   S = sum_j e^(z_j - m),   T = sum_j e^(z_j - m) (z_j - m),   z_y
+
+A masked entry (z_j = -inf) counts 0. A shard without a finite entry, or without any, has m = -inf
+and S = T = 0. z_y is NaN where the shard does not hold the target.
+"""
+
+from typing import Protocol
+
+import torch
+
+
+class TokenStats(Protocol):
+    """What an implementation (a module of this folder) offers.
+
+    Logits are [..., V] in fp64, fp32, bf16 or fp16 with any strides; local targets are int64 [...]
+    in [0, V), or negative where the shard does not hold the target. Arithmetic and statistics are
+    fp64 for fp64 logits and fp32 for the others. V may be 0.
+    """
+
+    def token_stats(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return (m, S, T, z_y), [4, ...], contiguous."""
+        ...
+
+    def token_stats_backward(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        m: torch.Tensor,
+        coefficients: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the gradient e^(z - m) * (flat + tilt * (z - m)) - peak * 1_y.
+
+        Args:
+            logits: As in the forward.
+            targets: As in the forward.
+            m: Maximum over all shards, [...], in the arithmetic's dtype.
+            coefficients: (flat, peak) or (flat, peak, tilt), [2 or 3, ...], in that dtype. A row
+                whose coefficients are all 0 gets a gradient of exactly 0 whatever its logits hold.
+            out: Where to write, of the logits' shape and dtype; may be the logits themselves.
+
+        Returns:
+            `out`, or a new tensor of the logits' shape and dtype.
+        """
+        ...

@@ -1,0 +1,50 @@
+"""Token statistics in plain torch: the truth that every other implementation is held to."""
+
+import torch
+
+# e^x is exactly 0 below -746 in fp64 (-104 in fp32), so raising z - m to this floor changes no sum,
+# and the products with a masked logit (-inf) become 0 * finite.
+_FLOOR = -1000.0
+
+
+def _shifted(logits: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    """Return z - m as a new [..., V] tensor in m's dtype, never below the floor."""
+    anchor = m.masked_fill(m == -torch.inf, 0)  # -inf - -inf would be NaN
+    return torch.sub(logits, anchor.unsqueeze(-1)).clamp_(min=_FLOOR)
+
+
+def token_stats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return (m, S, T, z_y), [4, ...]; see `megatron_mile.ops.token_stats.TokenStats`."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if logits.size(-1) == 0:
+        empty = torch.tensor([-torch.inf, 0, 0, torch.nan], dtype=dtype, device=logits.device)
+        shape = targets.shape
+        return empty.view(4, *[1] * len(shape)).expand(4, *shape).contiguous()
+    m = logits.amax(-1).to(dtype)
+    shifted = _shifted(logits, m)
+    exps = shifted.exp()
+    total = exps.sum(-1)
+    moment = exps.mul_(shifted).sum(-1)
+    z_y = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1).to(dtype)
+    return torch.stack([m, total, moment, z_y.masked_fill(targets < 0, torch.nan)])
+
+
+def token_stats_backward(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    m: torch.Tensor,
+    coefficients: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the gradient, [..., V]; see `megatron_mile.ops.token_stats.TokenStats`."""
+    if logits.size(-1) == 0:
+        return torch.empty_like(logits) if out is None else out
+    flat, peak, *tilt = coefficients.unsqueeze(-1)
+    shifted = _shifted(logits, m)
+    grad = shifted.exp()
+    grad.mul_(shifted.mul_(tilt[0]).add_(flat) if tilt else flat)
+    at_target = peak.masked_fill(targets.unsqueeze(-1) < 0, 0)
+    grad.scatter_add_(-1, targets.clamp(min=0).unsqueeze(-1), -at_target)
+    # A select, because 0 * NaN of a row's logits is NaN.
+    grad.masked_fill_((coefficients == 0).all(0).unsqueeze(-1), 0)
+    return grad.to(logits.dtype) if out is None else out.copy_(grad)

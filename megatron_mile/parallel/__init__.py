@@ -1,0 +1,25 @@
+"""Where the data is split: the only collectives in the library.
+
+`vocab` joins statistics over the tensor-parallel group, `tokens` the normaliser over the data- and
+context-parallel group. No objective, no kernel and nothing of the host may live here.
+"""
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+def group_size(group: ProcessGroup | None) -> int:
+    """Return the number of ranks in `group`; 1 for None, which means this rank alone.
+
+    Raises:
+        ValueError: This rank is not in the group.
+    """
+    if group is None:
+        return 1
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise ValueError(
+            f"the process group given ({group}) does not hold this rank; expected one of its own "
+            "groups, or None for this rank alone"
+        )
+    return size

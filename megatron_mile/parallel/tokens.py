@@ -1,0 +1,54 @@
+"""Tokens split over ranks: the normaliser alpha of the weighted loss.
+
+    alpha = sum(M) / sum(M w)
+
+keeps the mean weight at 1, so that the weighted loss stays comparable with cross-entropy.
+"""
+
+import torch
+import torch.distributed as dist
+
+from megatron_mile.parallel import ProcessGroup, group_size
+
+
+def masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return mask * values in fp64, exactly 0 (and with gradient 0) where the mask is 0."""
+    return torch.where(mask != 0, values, 0) * mask.double()
+
+
+def normaliser(
+    weight: torch.Tensor, mask: torch.Tensor, mode: str, group: ProcessGroup | None = None
+) -> torch.Tensor:
+    """Return alpha, without waiting for the device.
+
+    Args:
+        weight: w of every token, floating.
+        mask: M, shape of `weight`, >= 0, any real or bool dtype; fractions count as such.
+        mode: "global": both sums over all ranks of `group`, one all-reduce of two numbers.
+            "local": both sums on this rank. "none": alpha = 1. "official": the mean over ranks of
+            each rank's sum(M) / sum(M w), one all-reduce of one number. The MiLe authors' code
+            takes that mean over all tokens, ignored ones too; here masked tokens are left out, and
+            the two agree where nothing is masked. It is >= the global value for ranks with equal
+            numbers of tokens.
+        group: Ranks that hold other tokens of the micro-batch; None for this rank alone.
+
+    Returns:
+        alpha, 0-d, dtype of `weight`, detached; 1 where a sum is 0.
+
+    Raises:
+        ValueError: The mode is unknown.
+    """
+    if mode not in ("global", "local", "none", "official"):
+        raise ValueError(f"mode is {mode!r}; expected global, local, none or official")
+    if mode == "none":
+        return weight.new_ones(())
+    # fp64: an fp32 sum over a large micro-batch loses digits.
+    sums = torch.stack([mask.double().sum(), masked(weight.detach(), mask).sum()])
+    size = group_size(group)
+    if mode == "global" and size > 1:
+        dist.all_reduce(sums, group=group)
+    alpha = torch.where((sums == 0).any(), 1, sums[0] / sums[1])
+    if mode == "official" and size > 1:
+        dist.all_reduce(alpha, group=group)
+        alpha = alpha / size
+    return alpha.to(weight.dtype)

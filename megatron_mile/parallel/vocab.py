@@ -1,0 +1,80 @@
+"""Vocabulary split over the tensor-parallel group: who owns what, and joined token statistics."""
+
+from functools import reduce
+
+import torch
+import torch.distributed as dist
+
+from megatron_mile.parallel import ProcessGroup, group_size
+
+
+def shard_range(
+    columns: int, vocab_range: tuple[int, int] | None, group: ProcessGroup | None
+) -> tuple[int, int]:
+    """Return the vocabulary ids [start, end) of this rank's logits.
+
+    Args:
+        columns: Size of the logits' last dimension.
+        vocab_range: (start, end) of this shard; None for equal shards in rank order of `group`.
+            The ranges of a group must tile the vocabulary without gap or overlap, which is not
+            checked: it would cost a collective.
+        group: Tensor-parallel group; None for this rank alone.
+
+    Raises:
+        ValueError: The range does not fit the logits.
+    """
+    if vocab_range is None:
+        rank = dist.get_rank(group) if group_size(group) > 1 else 0
+        return rank * columns, (rank + 1) * columns
+    start, end = vocab_range
+    if not 0 <= start <= end or end - start != columns:
+        raise ValueError(
+            f"vocab_range is {vocab_range}, but the logits' last dimension is {columns}; expected "
+            f"0 <= start and end = start + {columns}, the part of the vocabulary this rank holds"
+        )
+    return start, end
+
+
+def local_targets(targets: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Return int64 [...]: the target's column in the shard [start, end), -1 where it has none."""
+    wide = targets.long()
+    # Compared before the subtraction, which may overflow for garbage targets.
+    return torch.where((wide >= start) & (wide < end), wide - start, -1)
+
+
+def join_stats(stats: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
+    """Join the token statistics of all shards, with one all_gather (none for one rank).
+
+    The shards are added in rank order, so that all ranks hold the same bits, and in fp64, which
+    costs little for four numbers per token.
+
+    Args:
+        stats: This shard's (m, S, T, z_y), contiguous [4, ...].
+        group: Tensor-parallel group; None for this rank alone.
+
+    Returns:
+        (m, S, T, z_y) of the whole vocabulary, fp64 [4, ...]; z_y is NaN where no shard holds the
+        target.
+    """
+    size = group_size(group)
+    if size == 1:
+        return stats.double()
+    gathered = stats.new_empty(size * stats.size(0), *stats.shape[1:])
+    dist.all_gather_into_tensor(gathered, stats, group=group)
+    return merge_stats(gathered.view(size, *stats.shape))
+
+
+def merge_stats(shards: torch.Tensor) -> torch.Tensor:
+    """Merge the statistics of shards: [R, 4, ...] to fp64 [4, ...], added in order of R.
+
+    With a_r = e^(m_r - m): m = max m_r, S = sum a_r S_r, T = sum a_r (T_r + (m_r - m) S_r).
+    """
+    m_r, s_r, t_r, z_r = shards.double().unbind(1)
+    m = m_r.amax(0)
+    # A shard without a finite logit has S_r = T_r = 0: any finite shift leaves it out.
+    shift = (m_r - m).masked_fill(m_r == -torch.inf, 0)
+    scale = shift.exp()
+    total = reduce(torch.add, (scale * s_r).unbind())
+    moment = reduce(torch.add, (scale * (t_r + shift * s_r)).unbind())
+    z_y = reduce(lambda known, z: torch.where(known.isnan(), z, known), z_r.unbind())
+    return torch.stack([m, total, moment, z_y])

@@ -1,0 +1,123 @@
+"""What the tests share: a float64 oracle, rows that are hard to compute, and a gloo launcher.
+
+The oracle is dense and written from the definitions p = softmax(z), H = -sum p ln p; it uses
+nothing of the library.
+"""
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+IGNORED = -100
+
+
+class Truth(NamedTuple):
+    """What the oracle gives: per-token fields, and the gradient [..., V]; all float64."""
+
+    loss: torch.Tensor
+    nll: torch.Tensor
+    entropy: torch.Tensor
+    weight: torch.Tensor
+    grad: torch.Tensor
+
+
+def oracle(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    objective: str = "mile",
+    gamma: float = 1.0,
+    sigma: float = 1.0,
+    entropy_grad: bool = False,
+    upstream: torch.Tensor | None = None,
+) -> Truth:
+    """Compute the loss per token in float64 from the definitions, and its gradient by autograd.
+
+    Ignored tokens are 0 throughout; other targets outside the vocabulary have NaN for loss, nll and
+    gradient. `upstream` is the gradient that reaches the loss, 1 if not given.
+    """
+    z = logits.detach().double().requires_grad_()
+    valid = targets != IGNORED
+    known = (targets >= 0) & (targets < z.size(-1))
+    log_p = torch.log_softmax(z, -1)
+    p = log_p.exp()
+    entropy = -(p * torch.where(p > 0, log_p, 0.0)).sum(-1)
+    at_target = log_p.gather(-1, torch.where(known, targets, 0).long().unsqueeze(-1)).squeeze(-1)
+    nll = torch.where(known, -at_target, torch.nan)
+    weight = {
+        "ce": torch.ones_like(nll),
+        "mile": (sigma + entropy) ** gamma,
+        "focal": torch.clamp(1 - torch.exp(-nll), min=0) ** gamma,
+    }[objective]
+    loss = (weight if entropy_grad else weight.detach()) * nll
+    upstream = torch.ones_like(loss) if upstream is None else upstream.double()
+    (grad,) = torch.autograd.grad(loss[known], z, upstream[known], materialize_grads=True)
+    fields = (x.detach().masked_fill(~valid, 0) for x in (loss, nll, entropy, weight))
+    grad = torch.where(known.unsqueeze(-1), grad, torch.nan)
+    return Truth(*fields, grad.masked_fill(~valid.unsqueeze(-1), 0))
+
+
+def hard_rows(vocab: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits [12, V] and targets [12]: each row is one numerical regime."""
+    random = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(12, vocab, generator=random, dtype=torch.float64)
+    targets = torch.randint(vocab, (12,), generator=random)
+    logits[1] += 1000
+    logits[2] -= 1000
+    logits[3, targets[3]] += 200  # certain and right
+    logits[4, targets[4] - 1] += 200  # certain and wrong
+    logits[5] = 7.0  # equal
+    logits[6] -= 150  # e^z underflows in fp32
+    logits[7, ::2] = -torch.inf  # half the vocabulary masked ...
+    logits[7, targets[7]] = 0.5  # ... but not the target
+    targets[8] = IGNORED
+    targets[9], targets[10] = vocab, -1  # outside the vocabulary
+    logits[11, targets[11]] += 12  # p_y close to 1, entropy small
+    return logits.to(dtype), targets
+
+
+def error(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    """Return max |a - b| / (1 + |b|); infinite if NaN or infinity stand in other places."""
+    a, b = ours.detach().double(), truth.double()
+    if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
+        return torch.inf
+    finite = b.isfinite()
+    deviation = (a[finite] - b[finite]).abs() / (1 + b[finite].abs())
+    return deviation.max().item() if deviation.numel() else 0.0
+
+
+def assert_close(ours: tuple[Any, ...], truth: Truth, tolerance: float) -> None:
+    """Compare (loss, nll, entropy, weight, grad) with the oracle, naming the one that is off."""
+    for name, a, b in zip(Truth._fields, ours, truth, strict=True):
+        assert error(a, b) <= tolerance, f"{name}: {error(a, b):.2e} > {tolerance:.2e}"
+
+
+def run_ranks(n: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+    """Run fn(*args) in `n` new processes joined by gloo, and return what each rank returned.
+
+    `fn` is a function of a module, since the processes import it anew; an exception in one rank is
+    raised here with its traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_rank, args=(n, folder, fn, args), nprocs=n, start_method="spawn")
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(n)]
+
+
+def _rank(rank: int, n: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    names = [name for _, name in socket.if_nameindex()]
+    os.environ["GLOO_SOCKET_IFNAME"] = next(name for name in names if name.startswith("lo"))
+    store = dist.FileStore(f"{folder}/store", n)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=n, timeout=timedelta(seconds=60)
+    )
+    try:
+        torch.save(fn(*args), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,42 @@
+"""What the command-line tools of this folder share: how they fail.
+
+A tool that is given something it cannot use ends with one line on stderr and a non-zero exit
+status: 2 for wrong flags (argparse), 130 after Ctrl-C, 1 for everything else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class ToolError(ValueError):
+    """Input that a tool cannot use; the message says what is wrong, where, and what to do."""
+
+
+@contextmanager
+def one_line_errors(prog: str) -> Iterator[None]:
+    """Turn `ToolError`, `OSError` and Ctrl-C into one line on stderr and an exit status.
+
+    Any other exception is a defect of the tool and keeps its traceback.
+
+    Args:
+        prog: name that the line starts with, such as `tools/preprocess_data.py`.
+
+    Raises:
+        SystemExit: with 1 for an error, 130 for Ctrl-C.
+    """
+    try:
+        yield
+    except ToolError as error:
+        message, status = str(error), 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        message, status = f"{where}{error.strerror or error}", 1
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    else:
+        return
+    print(f"{prog}: error: {' '.join(message.splitlines())}", file=sys.stderr)
+    raise SystemExit(status)
