@@ -108,7 +108,9 @@ def _number(name: str, value: Any) -> float:
 def _attribute(setting: "dataclasses.Field[Any]") -> str:
     """Return the setting's entry of the class docstring, folded to 100 columns."""
     text = f"{setting.name} (default {setting.default!r}): {setting.metadata['help']}."
-    return textwrap.fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 12)
+    return textwrap.fill(
+        text, 100, initial_indent=" " * 8, subsequent_indent=" " * 12, break_on_hyphens=False
+    )
 
 
 ObjectiveConfig.__doc__ = f"{ObjectiveConfig.__doc__}\n    Attributes:\n" + "\n".join(

@@ -76,8 +76,10 @@ def token_loss(
     start, end = shard_range(logits.size(-1), vocab_range, tp_group)
     local = local_targets(targets, start, end)
     valid = targets != ignore_index
-    fields = _WeightedLoss.apply(logits, local, valid, config, tp_group, inplace)
-    return TokenLoss(*fields, valid)
+    loss, nll, entropy, weight = _WeightedLoss.apply(
+        logits, local, valid, config, tp_group, inplace
+    )
+    return TokenLoss(loss, nll, entropy, weight, valid)
 
 
 def reduce_loss(

@@ -4,6 +4,7 @@ The oracle is dense and written from the definitions p = softmax(z), H = -sum p 
 nothing of the library.
 """
 
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -14,6 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from megatron_mile.config import ObjectiveConfig
+from megatron_mile.loss import TokenLoss, token_loss
 
 IGNORED = -100
 
@@ -58,9 +62,9 @@ def oracle(
     loss = (weight if entropy_grad else weight.detach()) * nll
     upstream = torch.ones_like(loss) if upstream is None else upstream.double()
     (grad,) = torch.autograd.grad(loss[known], z, upstream[known], materialize_grads=True)
-    fields = (x.detach().masked_fill(~valid, 0) for x in (loss, nll, entropy, weight))
+    fields = [x.detach().masked_fill(~valid, 0) for x in (loss, nll, entropy, weight)]
     grad = torch.where(known.unsqueeze(-1), grad, torch.nan)
-    return Truth(*fields, grad.masked_fill(~valid.unsqueeze(-1), 0))
+    return Truth._make([*fields, grad.masked_fill(~valid.unsqueeze(-1), 0)])
 
 
 def hard_rows(vocab: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +84,27 @@ def hard_rows(vocab: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tens
     targets[9], targets[10] = vocab, -1  # outside the vocabulary
     logits[11, targets[11]] += 12  # p_y close to 1, entropy small
     return logits.to(dtype), targets
+
+
+def truth_of(logits: torch.Tensor, targets: torch.Tensor, config: ObjectiveConfig) -> Truth:
+    """Return the oracle's answer for a configuration."""
+    return oracle(
+        logits, targets, config.objective, config.gamma, config.sigma, config.entropy_grad
+    )
+
+
+def run_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    config: ObjectiveConfig,
+    upstream: torch.Tensor | None = None,
+) -> tuple[TokenLoss, torch.Tensor]:
+    """Return the library's token_loss and its gradient; `upstream` as in the oracle."""
+    leaf = logits.detach().clone().requires_grad_()
+    out = token_loss(leaf, targets, config)
+    upstream = torch.ones_like(out.loss) if upstream is None else upstream
+    (grad,) = torch.autograd.grad(out.loss, leaf, upstream)
+    return out, grad
 
 
 def error(ours: torch.Tensor, truth: torch.Tensor) -> float:
@@ -104,8 +129,10 @@ def run_ranks(n: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
     `fn` is a function of a module, since the processes import it anew; an exception in one rank is
     raised here with its traceback.
     """
+    # The server imports torch once for all ranks of all tests: seconds each on a small machine.
+    multiprocessing.set_forkserver_preload(["torch.distributed.tensor.debug"])
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, args=(n, folder, fn, args), nprocs=n, start_method="spawn")
+        mp.start_processes(_rank, args=(n, folder, fn, args), nprocs=n, start_method="forkserver")
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(n)]
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ BUCKETS = ("high", "medium", "low")
 # Percent of all occurrences at which medium and low begin.
 BORDERS = (80, 95)
 _BLOCK_TOKENS = 1 << 22
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
 
 
 def assign_buckets(counts: np.ndarray) -> np.ndarray:
@@ -111,12 +113,13 @@ def _open_pair(prefix: str) -> tuple[Any, int]:
                 f"no file {prefix}{suffix}; --data-prefix is the path without .bin or .idx, and an"
                 " interrupted preprocessing leaves no .idx"
             )
+    _check_index(Path(prefix + ".idx"))
     module = megatron_module("megatron.core.datasets.indexed_dataset")
     try:
         # Plain reads instead of a memory map: memory stays at one block.
         dataset = module.IndexedDataset(prefix, mmap=False)
         tokens = int(dataset.sequence_lengths.sum(dtype=np.int64))
-    except Exception as error:  # Megatron checks the header with assert, NumPy and struct raise
+    except Exception as error:  # Megatron checks with assert, NumPy raises several kinds
         raise ToolError(f"{prefix}.idx: damaged ({error}); preprocess the data again") from error
     held, expected = os.path.getsize(prefix + ".bin"), tokens * dataset.index.dtype_size
     if held != expected:
@@ -124,6 +127,22 @@ def _open_pair(prefix: str) -> tuple[Any, int]:
             f"{prefix}.bin: {held} bytes, but its .idx describes {expected}; preprocess it again"
         )
     return dataset, tokens
+
+
+def _check_index(path: Path) -> None:
+    """Refuse an index whose header or size is wrong: Megatron's reader fails at length on one.
+
+    Layout: 9 bytes magic, version u64, token type u8, sequences u64, documents u64; then for each
+    sequence its length i32, for each its offset i64, and for each document its end i64.
+    """
+    with path.open("rb") as file:
+        header = file.read(_INDEX_HEADER.size)
+    if len(header) == _INDEX_HEADER.size:
+        magic, version, _, sequences, documents = _INDEX_HEADER.unpack(header)
+        needed = _INDEX_HEADER.size + sequences * (4 + 8) + documents * 8
+        if (magic, version) == (b"MMIDIDX\0\0", 1) and path.stat().st_size >= needed:
+            return
+    raise ToolError(f"{path}: not a whole Megatron index; preprocess the data again")
 
 
 def summarize(counts: np.ndarray, source: Sequence[str]) -> dict[str, Any]:

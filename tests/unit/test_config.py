@@ -1,0 +1,100 @@
+"""ObjectiveConfig: defaults, what it refuses and how it says so, and its texts."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from megatron_mile.config import ObjectiveConfig
+from megatron_mile.objectives import OBJECTIVES
+
+FIELDS = {field.name: field for field in dataclasses.fields(ObjectiveConfig)}
+
+
+def test_config_defaults_are_the_paper_setting() -> None:
+    assert dataclasses.asdict(ObjectiveConfig()) == {
+        "objective": "mile",
+        "gamma": 1.0,
+        "sigma": 1.0,
+        "normalize": "global",
+        "entropy_grad": False,
+        "backend": "auto",
+    }
+
+
+# Each kind of mistake once per kind of field: not a number, a number out of range, the wrong type.
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gamma", math.nan),
+        ("gamma", -0.5),
+        ("gamma", True),
+        ("gamma", "1.0"),
+        ("gamma", None),
+        ("sigma", math.inf),
+        ("sigma", -1),
+        ("sigma", False),
+        ("objective", "MILE"),
+        ("objective", None),
+        ("normalize", "mean"),
+        ("backend", 1),
+        ("entropy_grad", 1),
+        ("entropy_grad", "true"),
+    ],
+)
+def test_config_refuses_with_field_value_and_expectation(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} is ") as caught:
+        ObjectiveConfig(**{name: value})
+    message = str(caught.value)
+    assert repr(value) in message
+    assert "expected" in message
+    assert "\n" not in message
+
+
+def test_config_takes_integers_as_numbers() -> None:
+    config = ObjectiveConfig(gamma=2, sigma=0)
+    assert (type(config.gamma), config.gamma) == (float, 2.0)
+    assert (type(config.sigma), config.sigma) == (float, 0.0)
+
+
+def test_config_refuses_an_unbounded_slope() -> None:
+    with pytest.raises(ValueError, match=r"entropy_grad=True with sigma=0 and gamma=0\.5"):
+        ObjectiveConfig(sigma=0, gamma=0.5, entropy_grad=True)
+
+
+@pytest.mark.parametrize(
+    "fine",
+    [
+        {"sigma": 0, "gamma": 0.5},
+        {"sigma": 0, "gamma": 0, "entropy_grad": True},
+        {"sigma": 0, "gamma": 1, "entropy_grad": True},
+        {"sigma": 0.1, "gamma": 0.5, "entropy_grad": True},
+        {"sigma": 0, "gamma": 0.5, "entropy_grad": True, "objective": "focal"},
+    ],
+    ids=str,
+)
+def test_config_refuses_no_bounded_slope(fine: dict[str, Any]) -> None:
+    ObjectiveConfig(**fine)
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ObjectiveConfig().gamma = 2.0  # type: ignore[misc]
+
+
+def test_config_names_every_registered_objective() -> None:
+    assert FIELDS["objective"].metadata["choices"] == tuple(OBJECTIVES)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_config_documents_every_field(name: str) -> None:
+    text = FIELDS[name].metadata["help"]
+    folded = " ".join((ObjectiveConfig.__doc__ or "").split())
+    assert f"{name} (default {FIELDS[name].default!r}): {text}." in folded
+    for choice in FIELDS[name].metadata.get("choices", ()):
+        assert choice in text
+
+
+def test_config_docstring_fits_the_page() -> None:
+    assert max(map(len, (ObjectiveConfig.__doc__ or "").splitlines())) <= 100

@@ -1,0 +1,111 @@
+"""The import rules and size limits of the library, checked on its syntax trees."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+LIBRARY = Path(__file__).parents[2] / "megatron_mile"
+FILES = sorted(path.relative_to(LIBRARY).as_posix() for path in LIBRARY.rglob("*.py"))
+
+ENTRY_POINTS = ("launch.py", "__main__.py")
+# Package -> where it may be imported; a folder ends with "/".
+PERMITS = {
+    "megatron": ("integration/",),
+    "triton": ("kernel.py",),
+    "torch.distributed": ("parallel/", "integration/", *ENTRY_POINTS),
+    "argparse": ("integration/arguments.py", *ENTRY_POINTS),
+    "megatron_mile.integration": ("integration/", "__init__.py", *ENTRY_POINTS),
+    "examples": (),
+    "tools": (),
+    "tests": (),
+}
+# Folder -> what of this package its files may import.
+OWN_IMPORTS = {
+    "objectives/": ("megatron_mile.objectives", "megatron_mile.config"),
+    "ops/": ("megatron_mile.ops",),
+    "parallel/": ("megatron_mile.parallel",),
+}
+
+
+def _within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def _names(tree: ast.AST) -> set[str]:
+    """Return the dotted names that a module imports, or reaches as attributes of an import."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import; write the full name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            names.add("torch.distributed")
+    return names
+
+
+def _may_import(file: str, package: str) -> bool:
+    if package == "triton":  # any kernel.py below ops/
+        return file.startswith("ops/") and file.endswith("/kernel.py")
+    return any(file == p or (p.endswith("/") and file.startswith(p)) for p in PERMITS[package])
+
+
+def violations(file: str, source: str) -> list[str]:
+    """Return the names that `file` (relative to the library) must not import."""
+    found = []
+    for name in sorted(_names(ast.parse(source))):
+        if any(_within(name, package) and not _may_import(file, package) for package in PERMITS):
+            found.append(name)
+        for folder, allowed in OWN_IMPORTS.items():
+            own = file.startswith(folder) and _within(name, "megatron_mile")
+            if own and not any(_within(name, package) for package in allowed):
+                found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_file_keeps_the_import_rules(file: str) -> None:
+    assert violations(file, (LIBRARY / file).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("loss.py", "from megatron.core import parallel_state"),
+        ("loss.py", "import torch.distributed as dist"),
+        ("loss.py", "from torch import distributed"),
+        ("loss.py", "import torch\ntorch.distributed.get_rank()"),
+        ("loss.py", "from megatron_mile.integration import install"),
+        ("loss.py", "import argparse"),
+        ("ops/token_stats/reference.py", "import triton.language as tl"),
+        ("ops/dispatch.py", "from megatron_mile.config import ObjectiveConfig"),
+        ("objectives/mile.py", "from megatron_mile import ops"),
+        ("parallel/vocab.py", "import megatron_mile.objectives"),
+        ("integration/install.py", "import tools.estimate"),
+    ],
+)
+def test_violations_finds_each_kind(file: str, source: str) -> None:
+    assert len(violations(file, source)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("integration/install.py", "from megatron.core import parallel_state"),
+        ("ops/token_stats/kernel.py", "import triton"),
+        ("parallel/tokens.py", "import torch.distributed as dist"),
+        ("objectives/mile.py", "from megatron_mile.config import ObjectiveConfig"),
+        ("loss.py", "from megatron_mile.ops import dispatch"),
+    ],
+)
+def test_violations_finds_nothing_in_fair_imports(file: str, source: str) -> None:
+    assert violations(file, source) == []
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_file_is_small_and_introduces_itself(file: str) -> None:
+    source = (LIBRARY / file).read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= (350 if file.endswith("/kernel.py") else 250)
+    assert ast.get_docstring(ast.parse(source))

@@ -1,0 +1,164 @@
+"""token_loss on one rank against the float64 oracle, and its properties."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import IGNORED, Truth, assert_close, error, hard_rows, oracle, run_loss, truth_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mile.config import ObjectiveConfig
+
+# Measured: fp64 1.2e-14, fp32 1.0e-6 (gamma = 5, where the power multiplies the error of H by 5).
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
+MILE = ObjectiveConfig()
+
+# Every power with a kink or an amplification, with and without the safeguard of sigma.
+SETTINGS = [
+    ObjectiveConfig(objective=name, gamma=gamma, sigma=sigma)
+    for name, sigmas in (("mile", (0, 1)), ("focal", (1,)), ("ce", (1,)))
+    for gamma in (0, 0.5, 1, 2, 5)
+    for sigma in sigmas
+]
+
+
+def test_oracle_matches_a_row_by_hand() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64))
+    truth = oracle(logits, torch.tensor([1]), "mile", 2, 1)
+    entropy = 1.5 * torch.log(torch.tensor(2.0, dtype=torch.float64))
+    weight, nll = (1 + entropy) ** 2, torch.log(torch.tensor(4.0, dtype=torch.float64))
+    grad = weight * torch.tensor([[0.5, -0.75, 0.25]], dtype=torch.float64)
+    expected = Truth(*(x.view(1) for x in (weight * nll, nll, entropy, weight)), grad)
+    assert_close(tuple(truth), expected, 1e-15)
+
+
+# 1: nothing to choose; 3: fewest columns with a wrong, a right and another; 127 and 1003: ragged;
+# 32000: sums that round, entropies near 10 nats.
+@pytest.mark.parametrize("vocab", [1, 3, 127, 1003, 32000])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_token_loss_matches_oracle(vocab: int, dtype: torch.dtype) -> None:
+    logits, targets = hard_rows(vocab, dtype)
+    for config in SETTINGS:
+        if dtype == torch.float32 and config.sigma == 0 and 0 < config.gamma < 1:
+            continue  # a root of a rounded entropy near 0 keeps half its digits
+        out, grad = run_loss(logits, targets, config)
+        assert out.loss.dtype == dtype
+        assert_close((*out[:4], grad), truth_of(logits, targets, config), TOLERANCE[dtype])
+
+
+# gamma = 2 is where fp32 still holds 2e-6 for every element (measured 6.7e-7).
+@pytest.mark.parametrize("vocab", [1, 3, 127, 1003])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_token_loss_matches_oracle_with_gradient_through_entropy(
+    vocab: int, dtype: torch.dtype
+) -> None:
+    logits, targets = hard_rows(vocab, dtype)
+    for gamma, sigma in ((0, 0), (0, 1), (0.5, 1), (1, 0), (1, 1), (2, 0), (2, 1)):
+        config = ObjectiveConfig(gamma=gamma, sigma=sigma, entropy_grad=True)
+        out, grad = run_loss(logits, targets, config)
+        assert_close((*out[:4], grad), truth_of(logits, targets, config), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("sigma", [0, 1])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_token_loss_gradient_through_entropy_is_exact_to_the_row_at_large_gamma(
+    sigma: int, dtype: torch.dtype
+) -> None:
+    # Where ln p + H crosses 0 two large terms cancel: single elements lose digits (1.2e-5 in fp32),
+    # so the error is held against the row's largest element (measured 1.0e-7).
+    config = ObjectiveConfig(gamma=5, sigma=sigma, entropy_grad=True)
+    logits, targets = hard_rows(1003, dtype)
+    _, grad = run_loss(logits, targets, config)
+    expected = truth_of(logits, targets, config).grad
+    scale = 1 + expected.abs().amax(-1, keepdim=True)
+    assert error(grad / scale, expected / scale) <= TOLERANCE[dtype]
+
+
+def test_token_loss_ignores_entropy_grad_where_the_weight_has_no_entropy() -> None:
+    logits, targets = hard_rows(127, torch.float32)
+    for name in ("ce", "focal"):
+        plain, plain_grad = run_loss(logits, targets, ObjectiveConfig(objective=name, gamma=2))
+        config = ObjectiveConfig(objective=name, gamma=2, entropy_grad=True)
+        out, grad = run_loss(logits, targets, config)
+        torch.testing.assert_close(tuple(out), tuple(plain), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(grad, plain_grad, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_token_loss_with_gamma_zero_is_cross_entropy(dtype: torch.dtype) -> None:
+    logits, targets = hard_rows(127, dtype)
+    known = (targets < 127) & (targets != -1)
+    z = logits.double().requires_grad_()
+    expected = F.cross_entropy(z[known], targets[known], ignore_index=IGNORED, reduction="none")
+    (expected_grad,) = torch.autograd.grad(expected.sum(), z)
+    for name in ("ce", "mile", "focal"):
+        out, grad = run_loss(logits, targets, ObjectiveConfig(objective=name, gamma=0, sigma=0))
+        assert torch.equal(out.loss[known], out.nll[known])
+        assert error(out.loss[known], expected) <= TOLERANCE[dtype]
+        assert error(grad[known], expected_grad[known]) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", ["ce", "mile"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_token_loss_of_half_precision_is_no_worse_than_torch(name: str, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(1)
+    logits = (4 * torch.randn(64, 1003, generator=random)).to(dtype)
+    targets = torch.randint(1003, (64,), generator=random)
+    config = ObjectiveConfig(objective=name)
+    truth = truth_of(logits, targets, config)
+    out, grad = run_loss(logits, targets, config)
+    assert (out.loss.dtype, grad.dtype) == (torch.float32, dtype)
+
+    z = logits.detach().float().requires_grad_()
+    log_p = z.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    nll = F.cross_entropy(z, targets, reduction="none")
+    weight = (1 + entropy.detach()) if name == "mile" else torch.ones_like(nll)
+    (torch_grad,) = torch.autograd.grad((weight * nll).sum(), z)
+    ulp = torch.finfo(torch.float32).eps
+    torch_fields = (weight * nll, nll, entropy, weight)
+    for ours, theirs, exact in zip(out[:4], torch_fields, truth[:4], strict=True):
+        assert error(ours, exact) <= error(theirs, exact) + ulp
+    # fp16 gradients below its smallest normal number lose digits, so tiny is the absolute part.
+    rounding = torch.finfo(dtype).eps / 2 + torch.finfo(dtype).tiny
+    assert error(grad, truth.grad) <= error(torch_grad, truth.grad) + rounding
+
+
+def test_token_loss_scales_with_the_incoming_gradient() -> None:
+    logits, targets = hard_rows(127, torch.float64)
+    upstream = torch.linspace(-2, 2, 12, dtype=torch.float64)
+    config = ObjectiveConfig(gamma=2, entropy_grad=True)
+    _, grad = run_loss(logits, targets, config, upstream)
+    expected = oracle(logits, targets, "mile", 2, 1, True, upstream).grad
+    assert error(grad, expected) <= TOLERANCE[torch.float64]
+
+
+ROWS = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40)
+
+
+@settings(max_examples=100, deadline=None)
+@given(row=ROWS, shift=st.floats(-1000, 1000), data=st.data())
+def test_token_loss_is_invariant_to_a_shift(
+    row: list[float], shift: float, data: st.DataObject
+) -> None:
+    targets = torch.tensor([data.draw(st.integers(0, len(row) - 1))])
+    logits = torch.tensor([row], dtype=torch.float64)
+    out, grad = run_loss(logits, targets, MILE)
+    moved, moved_grad = run_loss(logits + shift, targets, MILE)
+    # The sum rounds at 1000 * 1.1e-16; a logit's change reaches loss and gradient times w * nll.
+    tolerance = 1e-13 * (1 + out.loss.item()) * (1 + out.weight.item())
+    torch.testing.assert_close(moved.loss, out.loss, rtol=0, atol=30 * tolerance)
+    torch.testing.assert_close(moved_grad, grad, rtol=0, atol=30 * tolerance)
+
+
+@settings(max_examples=100, deadline=None)
+@given(row=ROWS, data=st.data())
+def test_token_loss_stays_within_its_bounds(row: list[float], data: st.DataObject) -> None:
+    targets = torch.tensor([data.draw(st.integers(0, len(row) - 1))])
+    out, grad = run_loss(torch.tensor([row]), targets, ObjectiveConfig(gamma=2, entropy_grad=True))
+    assert 0 <= out.entropy.item() <= math.log(len(row)) * (1 + 1e-6)
+    assert out.nll.item() >= 0
+    # Probabilities sum to 1, so the gradient sums to 0 up to the rounding of its elements.
+    assert abs(grad.double().sum().item()) <= 1e-5 * (1 + grad.abs().max().item())
