@@ -1,9 +1,9 @@
-"""Pretrain a GPT on `megatron.training` from PyPI, with MiLe Loss or any other objective.
+r"""Pretrain a GPT on `megatron.training` from PyPI, with MiLe Loss or any other objective.
 
 The wheels of megatron-core hold the training loop but no entry point; this is one. It takes every
 flag of Megatron, and the --mile flags:
 
-    torchrun --nproc-per-node 2 examples/pretrain_gpt.py --mile-objective mile \\
+    torchrun --nproc-per-node 2 examples/pretrain_gpt.py --mile-objective mile \
         --tensor-model-parallel-size 2 --mock-data ... [--mile-cpu]
     python examples/pretrain_gpt.py --help
 """
@@ -11,6 +11,7 @@ flag of Megatron, and the --mile flags:
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +20,15 @@ from typing import Any
 if __name__ == "__main__":
     # A clone that is not installed is found too; CPU mode must come before any import of megatron.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from megatron_mile.integration.cpu import WITHOUT_APEX, WITHOUT_TE, missing_flags
     from megatron_mile.launch import one_line_errors, prepare
 
     arguments = sys.argv[1:]
     with one_line_errors():
         prepare(arguments)
+    if importlib.util.find_spec("transformer_engine") is None:
+        has_apex = importlib.util.find_spec("apex") is not None
+        arguments += missing_flags(arguments, WITHOUT_TE + (() if has_apex else WITHOUT_APEX))
     sys.argv[1:] = arguments
 
 import torch
@@ -42,6 +47,9 @@ from megatron.training import get_args, get_timers, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_mile.integration.errors import MileError
+from megatron_mile.integration.job import skip_helper_build
 
 BATCH = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -116,6 +124,43 @@ def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: Any) -
     return output, functools.partial(loss_func, loss_mask)
 
 
+class CheckedGPTDataset(GPTDataset):
+    """GPTDataset that refuses data which upstream would loop on or silently train on."""
+
+    def __init__(
+        self,
+        indexed_dataset: Any,
+        dataset_path: str | None,
+        indexed_indices: Any,
+        num_samples: int | None,
+        index_split: Any,
+        config: GPTDatasetConfig,
+    ) -> None:
+        if not indexed_dataset.sequence_lengths[indexed_indices].sum():
+            raise MileError(
+                f"{dataset_path}: --split {config.split} leaves no tokens for the "
+                f"{index_split.name} set ({len(indexed_dataset)} documents in all); use another "
+                "--split, or more data"
+            )
+        self._check_ids(indexed_dataset, dataset_path, indexed_indices, config)
+        super().__init__(
+            indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config
+        )
+
+    @staticmethod
+    def _check_ids(dataset: Any, path: str | None, indices: Any, config: GPTDatasetConfig) -> None:
+        """Compare the ids of some documents with the tokenizer.
+
+        An id outside the padded vocabulary that is met later makes the loss NaN.
+        """
+        largest = max(int(dataset[int(index)].max(initial=0)) for index in indices[:1000])
+        if largest >= config.tokenizer.vocab_size:
+            raise MileError(
+                f"{path}: token id {largest} is outside the tokenizer's vocabulary of "
+                f"{config.tokenizer.vocab_size}; give the tokenizer that the data was made with"
+            )
+
+
 def dataset_config() -> GPTDatasetConfig:
     """Collect what Megatron's GPT datasets need from the command line."""
     args = get_args()
@@ -148,7 +193,7 @@ def builds_data(vp_stage: int | None = None) -> bool:
 
 def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Build the train, validation and test datasets with the given numbers of samples."""
-    kind = MockGPTDataset if get_args().mock_data else GPTDataset
+    kind = MockGPTDataset if get_args().mock_data else CheckedGPTDataset
     builder = BlendedMegatronDatasetBuilder(
         kind, samples, functools.partial(builds_data, vp_stage=vp_stage), dataset_config()
     )
@@ -162,6 +207,7 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 def main() -> None:
     """Parse Megatron's flags and train."""
+    skip_helper_build()
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)

@@ -4,6 +4,7 @@
 `wrap_forward_step` put them into a Megatron job and import it when they are first used.
 """
 
+from importlib import import_module
 from typing import Any
 
 from megatron_mile.config import ObjectiveConfig
@@ -24,10 +25,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the Megatron side only when one of its names is asked for."""
-    if name in ("install", "uninstall", "attach"):
-        from megatron_mile.integration import install as module
-    elif name == "wrap_forward_step":
-        from megatron_mile.integration import loss_func as module
-    else:
+    homes = {"install": "install", "uninstall": "install", "attach": "install"}
+    home = {**homes, "wrap_forward_step": "loss_func"}.get(name)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(module, name)
+    return getattr(import_module(f"megatron_mile.integration.{home}"), name)

@@ -1,7 +1,7 @@
-"""Run any Megatron training script with the objective, without a changed line in it.
+r"""Run any Megatron training script with the objective, without a changed line in it.
 
 Usage:
-    torchrun --nproc-per-node 8 -m megatron_mile.launch pretrain_gpt.py \\
+    torchrun --nproc-per-node 8 -m megatron_mile.launch pretrain_gpt.py \
         --mile-objective mile --mile-gamma 1.0 [the job's own arguments]
     python -m megatron_mile.launch --help
 
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from argparse import Namespace
+
 
 def prepare(argv: list[str]) -> None:
     """Read the --mile flags in `argv` (without the script's name) and hook Megatron.
@@ -38,8 +39,8 @@ def prepare(argv: list[str]) -> None:
     settings: Namespace = arguments.parse(argv)
     notes: list[tuple[str, str]] = []
     if on_cpu:
-        completed, added = cpu.complete_argv(argv)
-        argv[:] = completed
+        added = cpu.missing_flags(argv)
+        argv += added
         cpu.enable()
         reason = "--mile-cpu" if settings.mile_cpu else "--distributed-backend gloo, no GPU"
         notes = [("cpu mode", reason), ("flags added", " ".join(added) or "none")]

@@ -1,6 +1,7 @@
-"""Evaluates a Megatron checkpoint on held-out data: cross-entropy and perplexity.
+r"""Evaluates a Megatron checkpoint on held-out data: cross-entropy and perplexity.
 
-    python tools/evaluate.py --load runs/mile/checkpoints --data-prefix data/heldout_text_document \\
+    python tools/evaluate.py --load runs/mile/checkpoints \
+        --data-prefix data/heldout_text_document \
         --token-frequency data/train_token_frequency.json --output evaluation.json
 
 Every token of the data but the first is predicted once, by plain cross-entropy whatever objective
@@ -17,11 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,6 @@ from _checkpoint import LoadedModel, checkpoint_folder, choose_device, load_mode
 from _cli import ToolError, one_line_errors
 from token_frequency import BUCKETS, load_buckets
 from token_frequency import _open_pair as open_pair
-
 from tqdm import tqdm
 
 PROG = "tools/evaluate.py"
@@ -107,10 +110,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "data": args.data_prefix,
         "tokens": int(counts.sum()),
     }
-    result["cross_entropy"], result["ppl"] = figures(sums.sum(), int(counts.sum()))
+    result["cross_entropy"], result["ppl"] = figures(float(sums.sum()), int(counts.sum()))
     for index, name in enumerate(BUCKETS if buckets is not None else ()):
         result[f"tokens_{name}"] = int(counts[index])
-        mean, ppl = figures(sums[index], int(counts[index]))
+        mean, ppl = figures(float(sums[index]), int(counts[index]))
         result[f"cross_entropy_{name}"], result[f"ppl_{name}"] = mean, ppl
     return {**result, **_conditions(loaded, buckets), "seconds": time.monotonic() - started}
 
@@ -143,14 +146,12 @@ def _sum_by_bucket(
 
 
 def _conditions(loaded: LoadedModel, buckets: np.ndarray | None) -> dict[str, Any]:
-    import megatron.core
-
     on_gpu = loaded.device.type == "cuda"
     padded = loaded.args.padded_vocab_size
     return {
         "vocab_size": len(buckets) if buckets is not None else loaded.args.vocab_size or padded,
         "padded_vocab_size": padded,
-        "megatron_core": megatron.core.__version__,
+        "megatron_core": metadata.version("megatron-core"),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }
@@ -193,6 +194,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line (default: that of the process)."""
     args = parse_args(argv)
+    warnings.simplefilter("ignore")  # Megatron's own notices about missing GPU packages
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     with one_line_errors(PROG):
         result = evaluate(args)
         if args.output:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration.errors import MileError
+from megatron_mile.objectives import OBJECTIVES
 
 NO_OBJECTIVE = "none"
 # Settings that say how the objective is computed, not what it is: free to change on resume.
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         options: dict[str, Any] = {"default": setting.default, "help": setting.metadata["help"]}
         choices = setting.metadata.get("choices")
         if setting.name == "objective":
-            choices = (NO_OBJECTIVE, *choices)
+            choices = (NO_OBJECTIVE, *OBJECTIVES)
             options["default"] = NO_OBJECTIVE
             options["help"] = "none leaves the host's own loss untouched; " + options["help"]
         if isinstance(setting.default, bool):

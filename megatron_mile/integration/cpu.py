@@ -27,18 +27,23 @@ from torch.overrides import TorchFunctionMode
 from megatron_mile.integration.errors import MileError
 
 CPU = torch.device("cpu")
-# Megatron options that need CUDA kernels, and the setting that runs without them.
-CPU_FLAGS: tuple[tuple[str, ...], ...] = (
-    ("--distributed-backend", "gloo"),
-    ("--transformer-impl", "local"),
-    ("--use-cpu-initialization",),
+Flags = tuple[tuple[str, ...], ...]
+# What Megatron must be told where Transformer Engine or apex is missing, GPU or not.
+WITHOUT_TE: Flags = (("--transformer-impl", "local"),)
+WITHOUT_APEX: Flags = (
     ("--no-masked-softmax-fusion",),
     ("--no-gradient-accumulation-fusion",),
+    ("--no-rope-fusion",),
+    ("--no-persist-layer-norm",),
+)
+CPU_FLAGS: Flags = (
+    ("--distributed-backend", "gloo"),
+    *WITHOUT_TE,
+    ("--use-cpu-initialization",),
+    *WITHOUT_APEX,
     ("--no-bias-gelu-fusion",),
     ("--no-bias-swiglu-fusion",),
     ("--no-bias-dropout-fusion",),
-    ("--no-rope-fusion",),
-    ("--no-persist-layer-norm",),
 )
 _DROPOUTS = (torch.nn.functional.dropout, torch.dropout, torch.native_dropout)
 _DRAWS = (torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal)
@@ -56,19 +61,17 @@ def wanted(argv: Sequence[str]) -> bool:
     return _value_of("--distributed-backend", argv) == "gloo" and not torch.cuda.is_available()
 
 
-def complete_argv(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Add the Megatron flags that a CPU run needs.
+def missing_flags(argv: Sequence[str], flags: Flags = CPU_FLAGS) -> list[str]:
+    """Words to append to a job's command line so that it has all of `flags`.
 
-    Returns:
-        The completed command line, and the flags that were added (for the start block). A flag
-        given with another value is overridden: argparse takes the last one.
+    A flag given with another value is overridden: argparse takes the last one.
     """
-    added: list[list[str]] = []
-    for flag in CPU_FLAGS:
-        present = flag[0] in argv if len(flag) == 1 else _value_of(flag[0], argv) == flag[1]
-        if not present:
-            added.append(list(flag))
-    return [*argv, *(word for flag in added for word in flag)], [" ".join(f) for f in added]
+    return [
+        word
+        for flag in flags
+        if not (flag[0] in argv if len(flag) == 1 else _value_of(flag[0], argv) == flag[1])
+        for word in flag
+    ]
 
 
 def _value_of(option: str, argv: Sequence[str]) -> str | None:
@@ -207,13 +210,12 @@ def _replace_cuda_functions(generator: torch.Generator) -> None:
     for name, value in stand_ins.items():
         setattr(torch.cuda, name, value)
     torch.cuda.random.get_rng_state = get_state
-    torch.cuda.random.set_rng_state = set_state
-    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign,assignment]
+    torch.cuda.random.set_rng_state = set_state  # type: ignore[assignment]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
 
 
 def _patch_megatron() -> None:
-    """Pass over Megatron's own assertion that CUDA is there, and its C++ build step."""
-    from megatron.core.datasets import utils as dataset_utils
+    """Pass over Megatron's own assertion that CUDA is there."""
     from megatron.training import initialize, training
 
     host_initialize = initialize.initialize_megatron
@@ -229,16 +231,3 @@ def _patch_megatron() -> None:
 
     initialize.initialize_megatron = initialize_without_cuda
     training.initialize_megatron = initialize_without_cuda
-    skip_helper_build(dataset_utils)
-
-
-def skip_helper_build(dataset_utils: Any) -> None:
-    """Skip the build of the dataset helpers where they are there already.
-
-    The wheels hold the compiled helper but no Makefile, so Megatron's own `compile_helpers`
-    (megatron/core/datasets/utils.py) ends the process on every machine, with a GPU or without.
-    """
-    with contextlib.suppress(ImportError):
-        import megatron.core.datasets.helpers_cpp  # noqa: F401
-
-        dataset_utils.compile_helpers = lambda: None

@@ -45,7 +45,7 @@ def install(config: ObjectiveConfig) -> None:
 def uninstall() -> None:
     """Undo `install` and every `attach`; nothing happens where nothing is patched."""
     owner = loss_owner()
-    hook = owner.__dict__.get(METHOD)
+    hook: Any = getattr(owner, METHOD)
     if installed_config(hook) is not None:
         setattr(owner, METHOD, hook.__wrapped__)
     for module in list(_attached):
@@ -106,12 +106,12 @@ def resolve(symbol: versions.Symbol) -> Callable[..., Any]:
     if not callable(found):
         raise _drift(expected, found)
     parameters = tuple(inspect.signature(found).parameters)
-    fits = parameters == symbol.parameters if symbol.exact else set(symbol.parameters) <= {
-        *parameters
-    }
+    fits = (
+        parameters == symbol.parameters if symbol.exact else set(symbol.parameters) <= {*parameters}
+    )
     if not fits:
         raise _drift(expected, f"parameters ({', '.join(parameters)})")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _import(name: str) -> types.ModuleType:
@@ -185,7 +185,7 @@ def _mtp_heads(model: Any) -> int:
 
 def tp_group_of(model: Any) -> ProcessGroup:
     """The tensor-parallel group that shares the model's vocabulary."""
-    return model.pg_collection.tp  # type: ignore[no-any-return]
+    return model.pg_collection.tp
 
 
 def _check_shard(

@@ -6,9 +6,11 @@ the user's script stays as it is.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
+import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,6 +37,7 @@ def hook_job(settings: Namespace, notes: Sequence[tuple[str, str]]) -> None:
         MileCompatError: Megatron is not as expected.
     """
     config = arguments.config_from_namespace(settings)
+    skip_helper_build()
     _replace(versions.ADD_ARGUMENTS, _with_arguments)
     _replace(versions.SETUP, functools.partial(_with_checks, config, list(notes)))
     _replace(versions.CHECK_CHECKPOINT, _with_objective_check)
@@ -43,12 +46,26 @@ def hook_job(settings: Namespace, notes: Sequence[tuple[str, str]]) -> None:
         _replace(versions.PRETRAIN, functools.partial(_with_forward_step, config))
 
 
+def skip_helper_build() -> None:
+    """Skip the build of the dataset helpers where they are built already.
+
+    The wheels hold the compiled helper but no Makefile, so that `compile_helpers`
+    (megatron/core/datasets/utils.py) would end the process on every machine, with a GPU or without.
+    """
+    from megatron.core.datasets import utils
+
+    with contextlib.suppress(ImportError):
+        import megatron.core.datasets.helpers_cpp  # noqa: F401
+
+        utils.compile_helpers = lambda: None
+
+
 def _replace(symbol: versions.Symbol, wrapper: Callable[[Any], Any]) -> None:
     """Wrap a function of Megatron wherever `megatron.training` has bound it."""
     host = resolve(symbol)
     if getattr(host, "__megatron_mile_job__", False):
         return
-    wrapped = functools.wraps(host)(wrapper(host))
+    wrapped: Any = functools.wraps(host)(wrapper(host))
     wrapped.__megatron_mile_job__ = True
     for module in (symbol.module, "megatron.training", "megatron.training.training"):
         module_object = importlib.import_module(module)
@@ -111,6 +128,7 @@ def refuse_settings(args: Namespace, config: ObjectiveConfig | None) -> None:
     Raises:
         MileError: With the flag and the reason.
     """
+    refuse_unreadable_optimizer(args)
     if config is None:
         return
     refuse_unequal_microbatches(args, config)
@@ -124,6 +142,27 @@ def refuse_settings(args: Namespace, config: ObjectiveConfig | None) -> None:
         if getattr(args, name, None):
             flag = "--" + name.replace("_", "-")
             raise MileError(f"{flag} cannot be combined with --mile-objective: {reason}")
+
+
+def refuse_unreadable_optimizer(args: Namespace) -> None:
+    """Stop before a resume that megatron-core itself cannot do.
+
+    Without Transformer Engine and apex, `DistributedOptimizer.state_dict` (0.19.2,
+    core/optimizer/distrib_optimizer.py) asserts that the inner optimizer has taken a step, and one
+    that is about to be loaded has not.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    reads_optimizer = args.load and not (args.no_load_optim or args.finetune)
+    if not (args.use_distributed_optimizer and reads_optimizer):
+        return
+    found = os.path.isfile(os.path.join(args.load, "latest_checkpointed_iteration.txt"))
+    if found and not distrib_optimizer.HAVE_APEX_OR_TE:
+        raise MileError(
+            f"cannot resume from {args.load} with the distributed optimizer: megatron-core needs "
+            "Transformer Engine or apex to load its state; install one, or resume with "
+            "--no-load-optim, or train without --use-distributed-optimizer"
+        )
 
 
 def refuse_unequal_microbatches(args: Namespace, config: ObjectiveConfig) -> None:

@@ -96,13 +96,18 @@ def test_main_killed_run_leaves_no_index_and_can_be_repeated(
     workers = _children(process.pid)
     assert len(workers) == 2
     process.kill()
-    process.communicate()
+    process.wait()  # communicate would wait for workers that outlive it
+    assert process.stderr
+    process.stderr.close()
     names = {path.name for path in out.iterdir()}
     assert "c_text_document.idx" not in names
     assert f"c_text_document.bin.partial.{process.pid}" in names
     deadline = time.monotonic() + 10
-    while any(map(_running, workers)):
-        assert time.monotonic() < deadline, "workers outlive a killed run"
+    while left := list(filter(_running, workers)):
+        if time.monotonic() > deadline:
+            for worker in left:
+                os.kill(worker, signal.SIGKILL)
+            pytest.fail("workers outlive a killed run")
         time.sleep(0.1)
     main(["--input", str(corpus), *flags])
     assert pair_bytes(out / "c") == pair_bytes(whole)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.loss import _weigh
 
 # Measured: fp64 1.2e-14, fp32 1.0e-6 (gamma = 5, where the power multiplies the error of H by 5).
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -46,6 +47,13 @@ def test_token_loss_matches_oracle(vocab: int, dtype: torch.dtype) -> None:
         out, grad = run_loss(logits, targets, config)
         assert out.loss.dtype == dtype
         assert_close((*out[:4], grad), truth_of(logits, targets, config), TOLERANCE[dtype])
+
+
+def test_weigh_never_gives_a_negative_entropy() -> None:
+    # The reference's S is >= 1; another implementation's may round below, and a root would be NaN.
+    stats = torch.tensor([[5.0], [1 - 1e-7], [0.0], [5.0]], dtype=torch.float64)
+    fields, _ = _weigh(stats, ObjectiveConfig(gamma=0.5, sigma=0))
+    assert fields[2:].tolist() == [[0.0], [0.0]]
 
 
 # gamma = 2 is where fp32 still holds 2e-6 for every element (measured 6.7e-7).

@@ -151,8 +151,10 @@ def test_token_loss_inplace_stops_operations_that_saved_the_logits() -> None:
     source = torch.randn(2, 5, requires_grad=True)
     logits = source.exp()  # saves its result
     out = token_loss(logits, torch.tensor([0, 1]), MILE, inplace=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.loss.sum().backward()
+    # Also before the loss's own backward has written anything.
+    for loss in (logits.sum(), out.loss.sum()):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 def test_token_loss_inplace_passes_the_gradient_on() -> None:

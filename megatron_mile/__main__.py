@@ -1,0 +1,81 @@
+"""What is installed, what would run, and what would be patched.
+
+Usage:
+    python -m megatron_mile          exit code 1 if the installed Megatron does not fit
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import sys
+import warnings
+from importlib import metadata
+
+import torch
+
+import megatron_mile
+
+
+def environment() -> list[tuple[str, str]]:
+    """(name, version or state) of what a job meets on this machine."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpu = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "none: CPU mode with --mile-cpu"
+    return [
+        ("megatron_mile", megatron_mile.__version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("GPU", gpu),
+        *((name, _version(name)) for name in ("triton", "transformer_engine", "apex")),
+        ("megatron-core", _version("megatron-core", "megatron")),
+    ]
+
+
+def _version(distribution: str, module: str | None = None) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "found" if importlib.util.find_spec(module or distribution) else "not installed"
+
+
+def check_host() -> list[tuple[str, str]]:
+    """(symbol, "ok" or what is wrong) for each symbol of Megatron that a job would patch."""
+    from megatron_mile.integration import install, versions
+    from megatron_mile.integration.errors import MileCompatError
+
+    rows = []
+    for symbol in (
+        versions.LOSS_METHOD,
+        versions.PRETRAIN,
+        versions.SETUP,
+        versions.ADD_ARGUMENTS,
+        versions.CHECK_CHECKPOINT,
+    ):
+        try:
+            install.resolve(symbol)
+            state = "ok"
+        except MileCompatError as error:
+            state = str(error)
+        rows.append((f"{symbol.module}.{symbol.name}", state))
+    return rows
+
+
+def main() -> int:
+    """Print the report; return 0 if everything that would be patched is as expected."""
+    argparse.ArgumentParser(
+        prog="python -m megatron_mile",
+        description="Report the environment and what a job would patch.",
+    ).parse_args()
+    warnings.simplefilter("ignore")  # Megatron's own notices about missing GPU packages
+    for name, state in environment():
+        print(f"{name:20} {state}")
+    print("\nwould be patched:")
+    host = check_host()
+    for name, state in host:
+        print(f"  {name}  {state}")
+    return 0 if all(state == "ok" for _, state in host) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
