@@ -94,7 +94,8 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
     except Exception as error:  # each tokenizer library has errors of its own
         name = args.tokenizer_model or args.vocab_file or args.tokenizer_type
         raise ToolError(
-            f"the tokenizer {name!r} could not be read as {args.tokenizer_type}: {error}"
+            f"the tokenizer {name!r} could not be read as {args.tokenizer_type}:"
+            f" {str(error) or repr(error)}"
         ) from error
 
 

@@ -13,120 +13,37 @@ the perplexity on held-out data; their second row, the change against the first 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from _cli import ToolError, one_line_errors
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from _runs import Run, find_runs, read_run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 PROG = "tools/plot_runs.py"
-NAMES = {"ce": "cross-entropy", "mile": "MiLe Loss", "focal": "Focal Loss"}
 BARS = {
     "ppl": "all tokens",
-    "ppl_high": "frequent\n(80 % of text)",
-    "ppl_medium": "medium\n(15 %)",
-    "ppl_low": "rare\n(5 %)",
+    "ppl_high": "frequent (80 %)",
+    "ppl_medium": "medium (15 %)",
+    "ppl_low": "rare (5 %)",
 }
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's palette, which colour-blind readers can tell apart; grey in place of black.
+COLOURS = ("#595959", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+FINAL_STEPS = 10
 _SMOOTHING_SHARE = 20
 
 
-class Run(NamedTuple):
-    """What is drawn of one run."""
-
-    name: str
-    steps: np.ndarray
-    """[n], int64."""
-    losses: np.ndarray
-    """[n], fp64, nats."""
-    evaluation: dict[str, Any] | None
-    """The content of evaluation.json, if there is one."""
-
-
-def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """List the run folders that the given folders name.
-
-    Args:
-        folders: run folders, or folders of run folders.
-
-    Returns:
-        The run folders in the given order, those within one folder sorted by name.
-
-    Raises:
-        ToolError: a folder is missing, or holds no run.
-    """
-    runs = []
-    for folder in folders:
-        if not folder.is_dir():
-            raise ToolError(f"no folder {folder}; expected the folder of a run")
-        below = sorted(path for path in folder.iterdir() if path.is_dir() and _events(path))
-        found = [folder] if _events(folder) else below
-        if not found:
-            raise ToolError(
-                f"no TensorBoard events in {folder}, its tensorboard/ or its folders; train with "
-                "--tensorboard-dir"
-            )
-        runs += found
-    return list(dict.fromkeys(runs))
-
-
-def _events(run: Path) -> Path | None:
-    """Return the folder that holds a run's event files."""
-    for folder in (run / "tensorboard", run):
-        if any(folder.glob("events.out.tfevents.*")):
-            return folder
-    return None
-
-
-def read_run(folder: Path, tag: str) -> Run:
-    """Read one run.
-
-    Args:
-        folder: from `find_runs`.
-        tag: TensorBoard tag of the curve.
-
-    Raises:
-        ToolError: the run has no such tag, or its evaluation.json is damaged.
-    """
-    events = EventAccumulator(str(_events(folder)), size_guidance={"scalars": 0}).Reload()
-    tags = sorted(events.Tags()["scalars"])
-    if tag not in tags:
-        raise ToolError(f"{folder}: no values for the tag {tag!r}; it has {', '.join(tags)}")
-    # A resumed run has steps twice: the later value is the one that the training went on with.
-    values = {scalar.step: scalar.value for scalar in events.Scalars(tag)}
-    steps = np.array(sorted(values))
-    name = folder.resolve().name
-    losses = np.array([values[step] for step in steps])
-    return Run(NAMES.get(name, name), steps, losses, _evaluation(folder))
-
-
-def _evaluation(folder: Path) -> dict[str, Any] | None:
-    """Read the evaluation of a run, if it has one."""
-    path = folder / "evaluation.json"
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {key: content[key] for key in BARS if content.get(key) is not None}
-    except (ValueError, AttributeError) as error:
-        raise ToolError(f"{path}: not an evaluation ({error}); run tools/evaluate.py") from error
-
-
-def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean of each value and the `width - 1` before it (fewer at the start), [n] -> [n]."""
+def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
+    """Mean of each value and up to `reach` values on either side of it, [n] -> [n], fp64."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - width, 0)
+    places = np.arange(len(values))
+    starts, ends = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
@@ -140,8 +57,10 @@ def draw(runs: Sequence[Run], tag: str, output: Path) -> None:
     """
     evaluated = [run for run in runs if run.evaluation]
     colours = {run.name: COLOURS[i % len(COLOURS)] for i, run in enumerate(runs)}
-    figure = plt.figure(figsize=(12.5 if evaluated else 7, 5.2), layout="constrained")
-    grid = figure.add_gridspec(2, 2 if evaluated else 1, height_ratios=(3, 2))
+    figure = plt.figure(figsize=(13.5 if evaluated else 7, 5.4), layout="constrained")
+    grid = figure.add_gridspec(
+        2, 2 if evaluated else 1, height_ratios=(3, 2), width_ratios=(1, 1.2)[: 1 + bool(evaluated)]
+    )
     _draw_losses(figure.add_subplot(grid[:, 0]), runs, colours, tag)
     if evaluated:
         compared = len(evaluated) > 1
@@ -163,10 +82,10 @@ def draw(runs: Sequence[Run], tag: str, output: Path) -> None:
 def _draw_losses(axes: Axes, runs: Sequence[Run], colours: dict[str, str], tag: str) -> None:
     """Draw the curve of each run."""
     for run in runs:
-        width = max(1, len(run.steps) // _SMOOTHING_SHARE)
-        smooth = running_mean(run.losses, width)
+        smooth = running_mean(run.losses, len(run.steps) // _SMOOTHING_SHARE)
         axes.plot(run.steps, run.losses, color=colours[run.name], alpha=0.25, linewidth=1)
-        label = f"{run.name}: {smooth[-1]:.3f} at the end"
+        final = run.losses[-FINAL_STEPS:]
+        label = f"{run.name}: {final.mean():.3f} (mean of last {len(final)})"
         axes.plot(run.steps, smooth, color=colours[run.name], linewidth=2, label=label)
     plain = tag == "lm loss"
     axes.set_title("Training loss" + ", plain cross-entropy for every run" * plain)
@@ -178,13 +97,15 @@ def _draw_losses(axes: Axes, runs: Sequence[Run], colours: dict[str, str], tag: 
 
 def _draw_bars(axes: Axes, runs: Sequence[Run], colours: dict[str, str]) -> None:
     """Draw the perplexities of each run."""
+    values = [value for run in runs for value in (run.evaluation or {}).values()]
+    smallest, largest = min(values), max(values)
     axes.set_title("Perplexity on held-out text, by token frequency (lower is better)")
     axes.set_ylabel("perplexity (log scale)")
     axes.set_yscale("log")
-    _draw_groups(axes, runs, colours, "{:,.4g}")
-    # A log axis has no natural zero; room above for the figures.
-    values = [run.evaluation[key] for run in runs if run.evaluation for key in run.evaluation]
-    axes.set_ylim(min(values) / 3, max(values) * 2)
+    _draw_groups(axes, runs, colours, "{:.0f}" if smallest >= 100 else "{:.1f}")
+    axes.legend(loc="upper left", frameon=False, ncols=len(runs), fontsize=9)
+    # A log axis has no natural zero; room above for the figures and the legend.
+    axes.set_ylim(smallest / 3, largest * 8)
 
 
 def _draw_changes(axes: Axes, runs: Sequence[Run], colours: dict[str, str]) -> None:
@@ -200,8 +121,8 @@ def _draw_changes(axes: Axes, runs: Sequence[Run], colours: dict[str, str]) -> N
         )
         for run in runs[1:]
     ]
-    axes.set_title(f"Change against {runs[0].name} (below 0 is better)")
-    axes.set_ylabel("change of perplexity (%)")
+    axes.set_title(f"Change of perplexity against {runs[0].name} (below 0 is better)")
+    axes.set_ylabel("change (%)")
     axes.axhline(0, color="black", linewidth=0.8)
     _draw_groups(axes, changes, colours, "{:+.1f} %")
     axes.margins(y=0.25)
@@ -209,13 +130,13 @@ def _draw_changes(axes: Axes, runs: Sequence[Run], colours: dict[str, str]) -> N
 
 def _draw_groups(axes: Axes, runs: Sequence[Run], colours: dict[str, str], form: str) -> None:
     """Draw a group of bars for each of `BARS`, one bar a run, its value written at its end."""
-    width = 0.8 / len(runs)
+    width = 0.86 / len(runs)
     for index, run in enumerate(runs):
         values = [(run.evaluation or {}).get(key, np.nan) for key in BARS]
         places = np.arange(len(BARS)) + (index - (len(runs) - 1) / 2) * width
         bars = axes.bar(places, values, width * 0.92, color=colours[run.name], label=run.name)
         texts = ["" if np.isnan(value) else form.format(value) for value in values]
-        axes.bar_label(bars, texts, padding=2, fontsize=8)
+        axes.bar_label(bars, texts, padding=2, fontsize=max(5, 9.5 - len(runs)))
     axes.set_xticks(range(len(BARS)), list(BARS.values()))
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -12,6 +12,7 @@ from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration.errors import MileError
 from megatron_mile.objectives import OBJECTIVES
 
+Namespace = argparse.Namespace
 NO_OBJECTIVE = "none"
 # Settings that say how the objective is computed, not what it is: free to change on resume.
 _HOW = ("backend",)
@@ -54,7 +55,7 @@ def given(argv: Sequence[str]) -> list[str]:
     return [word for word in argv if word.startswith("--mile-")]
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> Namespace:
     """Read the --mile-* flags of a job's command line and leave the rest to Megatron.
 
     Raises:
@@ -72,7 +73,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return namespace
 
 
-def config_from_namespace(namespace: argparse.Namespace) -> ObjectiveConfig | None:
+def config_from_namespace(namespace: Namespace) -> ObjectiveConfig | None:
     """Build the objective from parsed flags (Megatron's args or `parse`'s); None for "none".
 
     Raises:

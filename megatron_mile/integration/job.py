@@ -11,7 +11,6 @@ import functools
 import importlib
 import inspect
 import os
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration import arguments, versions
+from megatron_mile.integration.arguments import Namespace
 from megatron_mile.integration.errors import MileError
 from megatron_mile.integration.install import METHOD, install, installed_config, resolve
 from megatron_mile.integration.loss_func import unwrap, wrap_forward_step

@@ -1,0 +1,35 @@
+# Everything runs from .venv, which `setup` makes; it is quick when nothing has changed.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+
+.PHONY: help setup quickstart test lint
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup                     find a Python >= 3.12, install into $(VENV) (about 6 GB)"
+	@echo "make quickstart [ARGS=...]     train, evaluate and compare small models (ARGS=--help)"
+	@echo "make test                      run the tests"
+	@echo "make lint                      check style and types"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@if ! $(BIN)/python -c 'import sys, pip; assert sys.version_info >= (3, 12)' 2>/dev/null; then \
+		python=$$(tools/find_python.sh) && echo "Making $(VENV) with $$python" && \
+		"$$python" -m venv --clear $(VENV); \
+	fi
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[train,dev]' -c constraints.txt
+	@touch $@
+
+quickstart: setup
+	@$(BIN)/python examples/quickstart.py $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

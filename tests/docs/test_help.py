@@ -1,0 +1,48 @@
+"""Every command that the documentation names explains itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Script -> flags (or words) that its help must name.
+EXPECTED = {
+    "examples/pretrain_gpt.py": ("--tensor-model-parallel-size", "--mile-objective", "--mile-cpu"),
+    "examples/quickstart.py": ("--objectives", "--steps", "--tp", "--out", "--corpus"),
+    "tools/evaluate.py": ("--load", "--data-prefix", "--token-frequency", "--output", "--cpu"),
+    "tools/plot_runs.py": ("RUN", "--output", "--tag"),
+    "tools/preprocess_data.py": ("--input", "--json-keys", "--append-eod", "--workers"),
+    "tools/token_frequency.py": ("--data-prefix", "--tokenizer-type", "--output"),
+    "tools/train_tokenizer.py": ("--input", "--vocab-size", "--output"),
+}
+
+
+def _help(*command: str) -> str:
+    # One thread, and no GPU: the parser of Megatron needs neither.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    result = subprocess.run(
+        [sys.executable, *command, "--help"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_help_is_checked_for_every_script() -> None:
+    scripts = [*ROOT.glob("examples/[!_]*.py"), *ROOT.glob("tools/[!_]*.py")]
+    assert {script.relative_to(ROOT).as_posix() for script in scripts} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("script", EXPECTED)
+def test_help_names_the_flags(script: str) -> None:
+    text = _help(script)
+    missing = [flag for flag in EXPECTED[script] if flag not in text]
+    assert not missing, text
+
+
+def test_help_of_the_launcher_shows_its_use() -> None:
+    text = _help("-m", "megatron_mile.launch")
+    assert "--mile-objective" in text
+    assert "torchrun" in text

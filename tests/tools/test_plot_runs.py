@@ -1,0 +1,122 @@
+"""tools/plot_runs.py on real TensorBoard files; the bars are read back from the figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import plot_runs
+import pytest
+from _runs import Run, find_runs, read_run
+from torch.utils.tensorboard import SummaryWriter
+
+Failure = Callable[..., str]
+CE = {"ppl": 100.0, "ppl_high": 50.0, "ppl_medium": 400.0, "ppl_low": 1000.0}
+
+
+def _write_run(
+    folder: Path, losses: Sequence[float], first_step: int = 1, tag: str = "lm loss"
+) -> Path:
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+        for step, loss in enumerate(losses, start=first_step):
+            writer.add_scalar(tag, loss, step)
+    return folder
+
+
+def _heights(axes: plt.Axes) -> list[float]:
+    return [bar.get_height() for bar in axes.patches]
+
+
+# Shorter than the window, as long, and longer; reach 0 leaves the values alone.
+@pytest.mark.parametrize("length", [1, 5, 23])
+@pytest.mark.parametrize("reach", [0, 2, 40])
+def test_running_mean_equals_the_mean_of_each_window(length: int, reach: int) -> None:
+    values = np.random.default_rng(0).standard_normal(length)
+    expected = [values[max(i - reach, 0) : i + reach + 1].mean() for i in range(length)]
+    np.testing.assert_allclose(plot_runs.running_mean(values, reach), expected, atol=1e-14)
+
+
+def test_read_run_keeps_the_later_value_of_a_resumed_step(tmp_path: Path) -> None:
+    # A reader orders event files by name, so by the time they were begun.
+    _write_run(tmp_path / "mile", [8.0, 7.0, 6.0])
+    first = next((tmp_path / "mile" / "tensorboard").iterdir())
+    first.rename(first.with_name("events.out.tfevents.1000000000.first"))
+    run = read_run(_write_run(tmp_path / "mile", [5.5, 5.0], first_step=3), "lm loss")
+    assert run.name == "MiLe Loss"
+    assert run.evaluation is None
+    assert run.steps.tolist() == [1, 2, 3, 4]
+    assert run.losses.tolist() == [8.0, 7.0, 5.5, 5.0]
+
+
+def test_find_runs_takes_runs_and_folders_of_runs(tmp_path: Path) -> None:
+    for name in ("mile", "ce", "focal"):
+        _write_run(tmp_path / name, [1.0])
+    (tmp_path / "logs").mkdir()
+    ordered = [tmp_path / name for name in ("ce", "focal", "mile")]
+    assert find_runs([tmp_path]) == ordered
+    assert find_runs([tmp_path / "mile", tmp_path]) == [ordered[2], *ordered[:2]]
+
+
+def test_draw_changes_is_the_percentage_against_the_first_run() -> None:
+    steps, losses = np.arange(2), np.ones(2)
+    mile = {**CE, "ppl": 110.0, "ppl_low": 750.0}
+    runs = [Run("a", steps, losses, CE), Run("b", steps, losses, mile)]
+    figure, axes = plt.subplots()
+    plot_runs._draw_changes(axes, runs, {"a": "k", "b": "r"})
+    np.testing.assert_allclose(_heights(axes), [10.0, 0.0, 0.0, -25.0], atol=1e-12)
+    assert [text.get_text() for text in axes.texts] == ["+10.0 %", "+0.0 %", "+0.0 %", "-25.0 %"]
+    plt.close(figure)
+
+
+def test_draw_bars_leaves_out_a_bucket_without_tokens() -> None:
+    known = {key: value for key, value in CE.items() if key != "ppl_low"}
+    figure, axes = plt.subplots()
+    plot_runs._draw_bars(axes, [Run("a", np.arange(1), np.ones(1), known)], {"a": "k"})
+    np.testing.assert_equal(_heights(axes), [100.0, 50.0, 400.0, np.nan])
+    plt.close(figure)
+
+
+# With bars and comparison, with bars alone, with curves alone: three layouts of the figure.
+@pytest.mark.parametrize("evaluated", [("ce", "mile"), ("ce",), ()])
+def test_plot_runs_writes_a_picture(tmp_path: Path, evaluated: Sequence[str]) -> None:
+    for name in ("ce", "mile"):
+        _write_run(tmp_path / name, [8.0, 6.0, 5.0])
+    for name in evaluated:
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(CE))
+    output = tmp_path / "out" / "runs.png"
+    output.parent.mkdir()
+    plot_runs.main([str(tmp_path), "--output", str(output)])
+    height, width = plt.imread(output).shape[:2]
+    assert (width > 1500) == bool(evaluated)
+    assert height > 700
+    assert [path.name for path in output.parent.iterdir()] == ["runs.png"]
+
+
+def test_plot_runs_names_runs_of_one_name_by_their_folders(tmp_path: Path) -> None:
+    for parent in ("x", "y"):
+        _write_run(tmp_path / parent / "ce", [1.0])
+    output = tmp_path / "runs.svg"
+    plt.rcParams["svg.fonttype"] = "none"
+    plot_runs.main([str(tmp_path / "x"), str(tmp_path / "y"), "--output", str(output)])
+    for parent in ("x", "y"):
+        assert f"{tmp_path / parent / 'ce'}: 1.000" in output.read_text()
+
+
+def test_plot_runs_refuses_what_it_cannot_draw(tmp_path: Path, failure: Failure) -> None:
+    run = _write_run(tmp_path / "ce", [1.0], tag="mile loss")
+    (tmp_path / "empty").mkdir()
+    picture = tmp_path / "runs.png"
+    flags = ("--output", picture)
+    assert "no folder" in failure(plot_runs.main, tmp_path / "gone", *flags)
+    assert "no TensorBoard events" in failure(plot_runs.main, tmp_path / "empty", *flags)
+    assert "'lm loss'; it has mile loss" in failure(plot_runs.main, run, *flags)
+    (run / "evaluation.json").write_text("[1")
+    flags = ("--tag", "mile loss", *flags)
+    assert "not an evaluation" in failure(plot_runs.main, run, *flags)
+    (run / "evaluation.json").unlink()
+    bad = ("--tag", "mile loss", "--output", tmp_path / "runs.docx")
+    assert "docx" in failure(plot_runs.main, run, *bad)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ce", "empty"]

@@ -1,0 +1,96 @@
+"""Reads training runs: their TensorBoard curves, and what tools/evaluate.py says of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from _cli import ToolError
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+NAMES = {"ce": "cross-entropy", "mile": "MiLe Loss", "focal": "Focal Loss"}
+PERPLEXITIES = ("ppl", "ppl_high", "ppl_medium", "ppl_low")
+
+
+class Run(NamedTuple):
+    """What is drawn of one run."""
+
+    name: str
+    steps: np.ndarray
+    """[n], int64."""
+    losses: np.ndarray
+    """[n], fp64, nats."""
+    evaluation: dict[str, float] | None
+    """The `PERPLEXITIES` that evaluation.json has, if there is one."""
+
+
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """List the run folders that the given folders name.
+
+    Args:
+        folders: run folders, or folders of run folders.
+
+    Returns:
+        The run folders in the given order, those within one folder sorted by name.
+
+    Raises:
+        ToolError: a folder is missing, or holds no run.
+    """
+    runs = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise ToolError(f"no folder {folder}; expected the folder of a run")
+        below = sorted(path for path in folder.iterdir() if path.is_dir() and _events(path))
+        found = [folder] if _events(folder) else below
+        if not found:
+            raise ToolError(
+                f"no TensorBoard events in {folder}, its tensorboard/ or its folders; train with "
+                "--tensorboard-dir"
+            )
+        runs += found
+    return list(dict.fromkeys(runs))
+
+
+def _events(run: Path) -> Path | None:
+    """Return the folder that holds a run's event files."""
+    for folder in (run / "tensorboard", run):
+        if any(folder.glob("events.out.tfevents.*")):
+            return folder
+    return None
+
+
+def read_run(folder: Path, tag: str) -> Run:
+    """Read one run.
+
+    Args:
+        folder: from `find_runs`.
+        tag: TensorBoard tag of the curve.
+
+    Raises:
+        ToolError: the run has no such tag, or its evaluation.json is damaged.
+    """
+    events = EventAccumulator(str(_events(folder)), size_guidance={"scalars": 0}).Reload()
+    tags = sorted(events.Tags()["scalars"])
+    if tag not in tags:
+        raise ToolError(f"{folder}: no values for the tag {tag!r}; it has {', '.join(tags)}")
+    # A resumed run has steps twice: the later value is the one that the training went on with.
+    values = {scalar.step: scalar.value for scalar in events.Scalars(tag)}
+    steps = np.array(sorted(values))
+    name = folder.resolve().name
+    losses = np.array([values[step] for step in steps])
+    return Run(NAMES.get(name, name), steps, losses, _evaluation(folder))
+
+
+def _evaluation(folder: Path) -> dict[str, float] | None:
+    """Read the evaluation of a run, if it has one."""
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {key: float(content[key]) for key in PERPLEXITIES if content.get(key) is not None}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ToolError(f"{path}: not an evaluation ({error}); run tools/evaluate.py") from error
