@@ -33,8 +33,7 @@ import numpy as np
 import torch
 from _checkpoint import LoadedModel, checkpoint_folder, choose_device, load_model
 from _cli import ToolError, one_line_errors
-from token_frequency import BUCKETS, load_buckets
-from token_frequency import _open_pair as open_pair
+from token_frequency import BUCKETS, load_buckets, open_pair
 from tqdm import tqdm
 
 PROG = "tools/evaluate.py"

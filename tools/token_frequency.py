@@ -90,7 +90,7 @@ def count_tokens(prefix: str, counts: np.ndarray) -> None:
     Raises:
         ToolError: the pair is incomplete or damaged, or holds ids outside the vocabulary.
     """
-    dataset, tokens = _open_pair(prefix)
+    dataset, tokens = open_pair(prefix)
     dtype = dataset.index.dtype
     with tqdm(total=tokens, unit="token", unit_scale=True, disable=None) as bar:
         for start in range(0, tokens, _BLOCK_TOKENS):
@@ -105,8 +105,18 @@ def count_tokens(prefix: str, counts: np.ndarray) -> None:
             bar.update(size)
 
 
-def _open_pair(prefix: str) -> tuple[Any, int]:
-    """Open a pair and return Megatron's dataset and its number of tokens."""
+def open_pair(prefix: str) -> tuple[Any, int]:
+    """Open a pair of Megatron's after checking that both files are whole.
+
+    Args:
+        prefix: path of the pair without suffix.
+
+    Returns:
+        Megatron's IndexedDataset, read without a memory map, and its number of tokens.
+
+    Raises:
+        ToolError: a file is missing, damaged or cut short.
+    """
     for suffix in (".idx", ".bin"):
         if not os.path.isfile(prefix + suffix):
             raise ToolError(

@@ -3,8 +3,8 @@
 The import takes longer than a dozen steps of a tiny model. Each rank is a process of its own that
 runs the script as `torchrun` would: same environment, gloo over loopback, ordinary exit.
 
-Jobs come as lines of JSON on stdin, {"argv": [script, ...], "world_size", "log": path,
-"timeout_s"}; each is answered by its exit code on stdout, that of the first rank that failed.
+Jobs come as lines of JSON on stdin, {"argv": [script, ...], "logs": [path of each rank],
+"timeout_s"}; each is answered on stdout by its exit code, that of the first rank that failed.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PRELOADED = ("megatron.training", "megatron.core.models.gpt", "torch.utils.tensorboard")
 TIMED_OUT = 124
-# Long enough for the other ranks to print the same error.
+# Long enough for the other ranks to fail by themselves with the same error.
 GRACE_S = 1.0
 
 
 def main() -> None:
     """Serve jobs until stdin ends; in a rank, run its script and return."""
-    sys.path.insert(0, os.environ.get("MILE_UNDER_TEST", str(REPOSITORY)))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from megatron_mile.integration import cpu
 
     cpu.enable()
@@ -37,49 +36,44 @@ def main() -> None:
         importlib.import_module(name)
     for line in sys.stdin:
         job = json.loads(line)
-        rank = serve(job)
-        if rank is not None:
+        if start(job):
             sys.argv = job["argv"]
-            sys.path[0] = os.path.dirname(job["argv"][0])
-            runpy.run_path(job["argv"][0], run_name="__main__")
+            sys.path[0] = str(Path(sys.argv[0]).parent)
+            runpy.run_path(sys.argv[0], run_name="__main__")
             return
 
 
-def serve(job: dict[str, Any]) -> int | None:
-    """Fork the ranks and answer with their exit code; returns the rank in each of them."""
+def start(job: dict[str, Any]) -> bool:
+    """Fork the ranks and answer with their exit code; True in a rank, False in this process."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     running = set()
-    for rank in range(job["world_size"]):
+    for rank in range(len(job["logs"])):
         pid = os.fork()
         if pid == 0:
-            become(rank, job, port)
-            return rank
+            become(rank, job["logs"], port)
+            return True
         running.add(pid)
     print(wait(running, job["timeout_s"]), flush=True)
-    return None
+    return False
 
 
-def become(rank: int, job: dict[str, Any], port: int) -> None:
-    """Give this process the environment of a rank, and the job's log for its output."""
-    size = str(job["world_size"])
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=size,
-        LOCAL_WORLD_SIZE=size,
-        MASTER_ADDR="localhost",
-        MASTER_PORT=str(port),
-    )
+def become(rank: int, logs: list[str], port: int) -> None:
+    """Give this process the environment of a rank, and its log for stdout and stderr."""
+    for name in ("RANK", "LOCAL_RANK"):
+        os.environ[name] = str(rank)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ[name] = str(len(logs))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(logs[rank], os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
 
 
 def wait(running: set[int], timeout_s: float) -> int:
-    """Wait for all ranks; once one fails, or time is up, end the others."""
+    """Wait for all ranks; once one has failed, or time is up, end the others."""
     code, deadline = 0, time.monotonic() + timeout_s
     while running:
         pid, status = os.waitpid(-1, os.WNOHANG)
