@@ -1,5 +1,6 @@
-"""Patch and unpatch `LanguageModule.compute_language_model_loss`, the one method that Megatron's
-language models call for their loss, with checks that it still is what was tested.
+"""Patch and unpatch the one method that Megatron's language models call for their loss.
+
+`LanguageModule.compute_language_model_loss`, checked to be still what was tested.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration import versions
 from megatron_mile.integration.errors import MileCompatError, MileError
-from megatron_mile.integration.loss_func import current_window, is_training, unwrap
+from megatron_mile.integration.loss_func import Window, current_window, is_training, unwrap
 from megatron_mile.loss import TokenLoss, token_loss
 from megatron_mile.ops import dispatch
 from megatron_mile.parallel import ProcessGroup
@@ -157,12 +158,12 @@ def _make_hook(host: Callable[..., torch.Tensor], config: ObjectiveConfig) -> Ca
         if not is_training(self):
             return host(self, labels, logits)
         window = current_window()
-        if window is None:
+        if window is None and _mtp_heads(self):
             raise MileError(
-                "the objective is installed, but nobody would normalise its loss: pass your "
-                "forward_step through megatron_mile.wrap_forward_step, or start the script with "
-                "`-m megatron_mile.launch`"
+                "a model with multi-token prediction needs its forward_step wrapped, so that its "
+                "main loss can be told from the others: use megatron_mile.wrap_forward_step"
             )
+        window = window or Window()  # outside a forward step: fine until a backward comes
         window.calls += 1
         if window.calls <= _mtp_heads(self):
             return host(self, labels, logits)

@@ -40,6 +40,8 @@ class Window:
                 "one loss a step: run one model in each forward_step"
             )
         self.stats = stats
+        if stats.loss.requires_grad:
+            stats.loss.register_hook(self._refuse_unconsumed)
 
     def take(self, model: Any) -> TokenLoss:
         """Take them out, once."""
@@ -52,9 +54,17 @@ class Window:
             )
         return stats
 
+    def _refuse_unconsumed(self, gradient: torch.Tensor) -> None:
+        """Stop the first backward of a loss that nobody has normalised."""
+        if self.stats is not None:
+            raise MileError(
+                "the objective is installed, but nobody normalised its loss: pass your "
+                "forward_step through megatron_mile.wrap_forward_step and call the loss function "
+                "that it returns, or start the script with `-m megatron_mile.launch`"
+            )
+
 
 _current: Window | None = None
-_last: Window | None = None
 
 
 def current_window() -> Window | None:
@@ -64,20 +74,11 @@ def current_window() -> Window | None:
 
 @contextlib.contextmanager
 def _open_window() -> Iterator[Window]:
-    """Open the window of one forward step; the one before must have been emptied."""
-    global _current, _last
-    if _last is not None and _last.stats is not None:
-        _last = None
-        raise MileError(
-            "token statistics of the previous forward step were never consumed: call the loss "
-            "function that the wrapped forward_step returns, once for each step"
-        )
-    _current = _last = Window()
+    """Open the window of one forward step."""
+    global _current
+    _current = window = Window()
     try:
-        yield _current
-    except BaseException:
-        _current.stats = None
-        raise
+        yield window
     finally:
         _current = None
 

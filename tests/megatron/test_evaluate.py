@@ -1,0 +1,85 @@
+"""tools/evaluate.py on checkpoints of real training runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from training_runs import MILE, REPOSITORY, TP2, TrainingRuns, python
+
+EVALUATE = REPOSITORY / "tools" / "evaluate.py"
+HERE = Path(__file__).resolve().parent
+LENGTH = 64  # --seq-length of the runs
+VOCABULARY = 251
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pair of documents, and frequencies with bucket = id modulo 3."""
+    folder = tmp_path_factory.mktemp("held_out")
+    assert python(HERE / "write_documents.py", folder / "text").returncode == 0
+    content = {"vocab_size": VOCABULARY, "bucket": [index % 3 for index in range(VOCABULARY)]}
+    (folder / "frequency.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_evaluate_equals_a_plain_loop_over_logits_and_repeats_itself(
+    runs: TrainingRuns, held_out: Path
+) -> None:
+    folder = held_out
+    checkpoint = runs.train(2, MILE, TP2, save=True).checkpoint
+    command = f"--load {checkpoint} --data-prefix {folder}/text --cpu --micro-batch-size 7".split()
+    results = []
+    for name in ("first.json", "second.json"):
+        frequency = ("--token-frequency", folder / "frequency.json", "--output", folder / name)
+        done = python(EVALUATE, *command, *frequency)
+        assert done.returncode == 0, done.stderr
+        assert "cross-entropy" in done.stdout
+        results.append(json.loads((folder / name).read_text()))
+    for result in results:
+        result.pop("seconds")
+    assert results[0] == results[1]
+    oracle_run = python(
+        HERE / "evaluate_oracle.py", checkpoint, folder / "text", folder / "frequency.json", LENGTH
+    )
+    assert oracle_run.returncode == 0, oracle_run.stderr
+    oracle = json.loads(oracle_run.stdout.splitlines()[-1])
+    assert results[0]["tokens"] == sum(oracle["counts"]) > 10 * LENGTH
+    assert (results[0]["vocab_size"], results[0]["padded_vocab_size"]) == (VOCABULARY, 256)
+    expected = sum(oracle["sums"]) / sum(oracle["counts"])
+    # The model's own cross-entropy is fp32, the oracle's fp64: measured MEASURED.
+    assert results[0]["cross_entropy"] == pytest.approx(expected, rel=1e-6)
+    for index, name in enumerate(("high", "medium", "low")):
+        mean = oracle["sums"][index] / oracle["counts"][index]
+        assert results[0][f"tokens_{name}"] == oracle["counts"][index]
+        assert results[0][f"cross_entropy_{name}"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_evaluate_refuses_what_does_not_fit(
+    runs: TrainingRuns, held_out: Path, tmp_path: Path
+) -> None:
+    folder = held_out
+    checkpoint = runs.train(2, MILE, TP2, save=True).checkpoint
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({"vocab_size": 5, "bucket": [0, 0, 1, 1, 2]}))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "latest_checkpointed_iteration.txt").write_text("12")
+    cases = (
+        (tmp_path, folder / "text", None, "no Megatron checkpoint in"),
+        (broken, folder / "text", None, "no torch_dist checkpoint at"),
+        (checkpoint, folder / "nothing", None, "no file"),
+        (checkpoint, folder / "text", small, "do not fit the vocabulary of 5"),
+        (checkpoint, folder / "text", tmp_path / "absent.json", "No such file"),
+    )
+    for load, data, frequency, message in cases:
+        words = ["--load", load, "--data-prefix", data, "--output", tmp_path / "out.json"]
+        done = python(EVALUATE, *words, *(["--token-frequency", frequency] if frequency else []))
+        assert done.returncode == 1
+        (line,) = [row for row in done.stderr.splitlines() if row.startswith("tools/evaluate.py")]
+        assert message in line
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out.json").exists()

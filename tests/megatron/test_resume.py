@@ -1,0 +1,110 @@
+"""Stop and resume: the same bits, and never with another objective by accident."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from training_runs import EVALUATE, MILE, TP1, TP2, Run, TrainingRuns, mile_errors
+
+pytestmark = pytest.mark.slow
+
+STOP = "--exit-interval 6"
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a torch_dist checkpoint: weights and the optimizer's state."""
+    reader = dcp.FileSystemReader(checkpoint)
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def assert_resumed(whole: Run, half: Run, resumed: Run) -> None:
+    """The two parts are the whole: all figures of all steps, and the last checkpoint."""
+    assert sorted(half.scalars["lm loss"]) == [*range(1, 7)]
+    assert sorted(resumed.scalars["lm loss"]) == [*range(7, 13)]
+    for tag, figures in whole.scalars.items():
+        if tag.startswith(("lm loss", "mile", "grad-norm", "learning-rate")):
+            assert half.scalars[tag] | resumed.scalars[tag] == figures, tag
+    final = "iter_0000012"
+    expected, found = tensors(whole.checkpoint / final), tensors(resumed.checkpoint / final)
+    assert found.keys() == expected.keys()
+    assert len([name for name in found if "exp_avg_sq" in name]) > 5
+    different = [name for name in found if not torch.equal(found[name], expected[name])]
+    assert not different
+    start = tensors(half.checkpoint / "iter_0000006")
+    assert not torch.equal(start["output_layer.weight"], expected["output_layer.weight"])
+
+
+def test_resume_tp2_repeats_the_whole_run(runs: TrainingRuns) -> None:
+    # The backend is how, not what: it may change on the way.
+    whole = runs.train(2, TP2, EVALUATE, MILE, save=True)
+    half = runs.train(2, TP2, EVALUATE, MILE, STOP, save=True)
+    load = f"--load {half.checkpoint} --mile-backend torch"
+    assert_resumed(whole, half, runs.train(2, TP2, EVALUATE, MILE, load, save=True))
+
+
+def test_resume_dp2_bf16_repeats_the_whole_run(runs: TrainingRuns) -> None:
+    whole = runs.train(2, TP1, MILE, "--bf16", save=True)
+    half = runs.train(2, TP1, MILE, "--bf16", STOP, save=True)
+    load = f"--load {half.checkpoint}"
+    assert_resumed(whole, half, runs.train(2, TP1, MILE, "--bf16", load, save=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes"),
+    [
+        ("--mile-gamma 2 --mile-backend torch", ["gamma 3.0 -> 2.0"]),
+        ("--mile-objective focal --mile-sigma 0", ["objective mile -> focal", "sigma 1.0 -> 0.0"]),
+    ],
+)
+def test_resume_refuses_another_objective(
+    runs: TrainingRuns, flags: str, changes: list[str]
+) -> None:
+    half = runs.train(2, TP2, EVALUATE, MILE, STOP, save=True)
+    run = runs.run(2, TP2, EVALUATE, MILE, flags, f"--load {half.checkpoint}")
+    assert run.code != 0
+    (error,) = mile_errors("\n".join(run.logs))
+    assert all(change in error for change in changes)
+    assert "--mile-allow-change" in error
+    assert "backend" not in error
+    assert "Traceback" not in "".join(run.logs)
+    assert not run.scalars
+
+
+def test_resume_refuses_to_drop_the_objective(runs: TrainingRuns) -> None:
+    half = runs.train(2, TP2, EVALUATE, MILE, STOP, save=True)
+    host = "--mock-data --mile-cpu"
+    run = runs.run(2, TP2, EVALUATE, host, f"--load {half.checkpoint}")
+    assert run.code != 0
+    (error,) = mile_errors("\n".join(run.logs))
+    assert "objective mile -> none" in error
+
+
+def test_resume_allows_a_change_that_is_asked_for(runs: TrainingRuns) -> None:
+    whole = runs.train(2, TP2, EVALUATE, MILE, save=True)
+    half = runs.train(2, TP2, EVALUATE, MILE, STOP, save=True)
+    flags = f"--mile-gamma 1 --mile-allow-change --load {half.checkpoint}"
+    changed = runs.train(2, TP2, EVALUATE, MILE, flags)
+    # Step 7 starts from the same weights, and only its objective is another.
+    assert changed.scalars["lm loss"][7] == whole.scalars["lm loss"][7]
+    assert changed.scalars["mile loss"][7] != whole.scalars["mile loss"][7]
+    assert changed.scalars["lm loss"][8] != whole.scalars["lm loss"][8]
+
+
+def test_resume_distributed_optimizer_works_or_ends_in_one_line(runs: TrainingRuns) -> None:
+    # Without apex and Transformer Engine, Megatron 0.19.2 cannot load its distributed optimizer.
+    flags = (TP1, MILE, "--use-distributed-optimizer")
+    half = runs.train(2, *flags, STOP, save=True)
+    run = runs.run(2, *flags, f"--load {half.checkpoint}")
+    assert run.code != 0
+    (error,) = mile_errors("\n".join(run.logs))
+    assert "distributed optimizer" in error
+    assert "Traceback" not in "".join(run.logs)
+    assert not run.scalars
