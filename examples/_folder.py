@@ -1,9 +1,13 @@
-"""The quickstart's folder: new, or one of its own replaced, and nothing else ever deleted."""
+"""The quickstart's folder: new, or one of its own replaced, and nothing else ever deleted.
+
+Also what the run leaves behind for its reader: summary.json and the table.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from _corpus import QuickstartError
 from megatron_mile.objectives import OBJECTIVES
 
 MARKER = ".megatron_mile_quickstart"
+BUCKETS = ("high", "medium", "low")
 SUMMARY, PICTURE = "summary.json", "quickstart.png"
 _PARTIAL = f"{SUMMARY}.partial"
 SHARED = ("logs", "data")
@@ -63,3 +68,25 @@ def write_summary(out: Path, summary: dict[str, Any]) -> None:
     partial = out / _PARTIAL
     partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     partial.replace(out / SUMMARY)
+
+
+def report(summary: dict[str, Any], out: Path) -> str:
+    """Lay out the results for people: table, what it means, where to look further."""
+    rows = [("objective", "first", "final", "all", *BUCKETS)]
+    for name, result in summary["objectives"].items():
+        values = [result[key] for key in ("first_lm_loss", "final_lm_loss", "ppl")]
+        values += [result[f"ppl_{bucket}"] for bucket in BUCKETS]
+        # A bucket without a held-out token has no perplexity.
+        rows.append((name, *("-" if value is None else f"{value:.2f}" for value in values)))
+    table = "\n".join(f"{row[0]:<10}" + "".join(f"{x:>10}" for x in row[1:]) for row in rows)
+    return f"""
+{"":10}{"lm loss":>20}{"held-out perplexity by token frequency":>40}
+{table}
+
+A demonstration at toy size, not evidence: {summary["steps"]} steps, one seed.
+The run shows that the whole way works, not which objective is better.
+({summary["device"]}, tensor parallel {summary["tp"]}, {summary["seconds"]:.0f} s)
+
+  summary      {out / SUMMARY}
+  picture      {out / PICTURE}
+  TensorBoard  {Path(sys.executable).parent / "tensorboard"} --logdir {out}"""

@@ -28,9 +28,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _corpus import Document, QuickstartError, read_corpus, split, write
-from _folder import PICTURE, SUMMARY, check_folder, prepare_folder, write_summary
+from _folder import BUCKETS, PICTURE, check_folder, prepare_folder, report, write_summary
 from _steps import Stages, one_line_errors, run
-from _toy import BATCH, MODEL, SCHEDULE, SEQUENCE, VOCABULARY, Layout, cores
+from _toy import BATCH, INITIAL, MODEL, SCHEDULE, SEQUENCE, VOCABULARY, Layout, cores
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -38,7 +38,6 @@ from megatron_mile.objectives import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parents[1]
 PROG = "examples/quickstart.py"
-BUCKETS = ("high", "medium", "low")
 FINAL_STEPS = 10
 ITERATION = re.compile(r" iteration +(\d+)/.* lm loss: (\S+)")
 
@@ -98,7 +97,7 @@ class Quickstart:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(tp)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
         command += ["--local-addr", "127.0.0.1", str(ROOT / "examples" / "pretrain_gpt.py")]
-        command += ["--mile-objective", objective, *MODEL, *SCHEDULE, *self.tokenizer]
+        command += ["--mile-objective", objective, *MODEL, *INITIAL, *SCHEDULE, *self.tokenizer]
         command += ["--train-iters", str(self.steps), *self.layout.flags(), "--split", "100,0,0"]
         command += ["--data-path", str(self.train_data)]
         command += ["--data-cache-path", str(self.out / "data" / "cache")]
@@ -178,28 +177,6 @@ class Quickstart:
         }
         write_summary(self.out, summary)
         return summary
-
-
-def report(summary: dict[str, Any], out: Path) -> str:
-    """Lay out the results for people: table, what it means, where to look further."""
-    rows = [("objective", "first", "final", "all", *BUCKETS)]
-    for name, result in summary["objectives"].items():
-        values = [result[key] for key in ("first_lm_loss", "final_lm_loss", "ppl")]
-        values += [result[f"ppl_{bucket}"] for bucket in BUCKETS]
-        # A bucket without a held-out token has no perplexity.
-        rows.append((name, *("-" if value is None else f"{value:.2f}" for value in values)))
-    table = "\n".join(f"{row[0]:<10}" + "".join(f"{x:>10}" for x in row[1:]) for row in rows)
-    return f"""
-{"":10}{"lm loss":>20}{"held-out perplexity by token frequency":>40}
-{table}
-
-A demonstration at toy size, not evidence: {summary["steps"]} steps of {BATCH * SEQUENCE:,} tokens,
-one seed. It shows that the whole way works, not which objective is better.
-({summary["device"]}, tensor parallel {summary["tp"]}, {summary["seconds"]:.0f} s)
-
-  summary      {out / SUMMARY}
-  picture      {out / PICTURE}
-  TensorBoard  {Path(sys.executable).parent / "tensorboard"} --logdir {out}"""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

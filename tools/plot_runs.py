@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -81,12 +81,14 @@ def draw(runs: Sequence[Run], tag: str, output: Path) -> None:
 
 def _draw_losses(axes: Axes, runs: Sequence[Run], colours: dict[str, str], tag: str) -> None:
     """Draw the curve of each run."""
-    for run in runs:
+    for index, run in enumerate(runs):
         smooth = running_mean(run.losses, len(run.steps) // _SMOOTHING_SHARE)
         axes.plot(run.steps, run.losses, color=colours[run.name], alpha=0.25, linewidth=1)
         final = run.losses[-FINAL_STEPS:]
         label = f"{run.name}: {final.mean():.3f} (mean of last {len(final)})"
-        axes.plot(run.steps, smooth, color=colours[run.name], linewidth=2, label=label)
+        # The first run is wide, so that it can be seen below others that hardly differ from it.
+        width = 1.8 if index else 4.5
+        axes.plot(run.steps, smooth, color=colours[run.name], linewidth=width, label=label)
     plain = tag == "lm loss"
     axes.set_title("Training loss" + ", plain cross-entropy for every run" * plain)
     axes.set_xlabel("step")
@@ -102,7 +104,7 @@ def _draw_bars(axes: Axes, runs: Sequence[Run], colours: dict[str, str]) -> None
     axes.set_title("Perplexity on held-out text, by token frequency (lower is better)")
     axes.set_ylabel("perplexity (log scale)")
     axes.set_yscale("log")
-    _draw_groups(axes, runs, colours, "{:.0f}" if smallest >= 100 else "{:.1f}")
+    _draw_groups(axes, runs, colours, lambda ppl: f"{ppl:.{0 if ppl >= 1000 else 1}f}")
     axes.legend(loc="upper left", frameon=False, ncols=len(runs), fontsize=9)
     # A log axis has no natural zero; room above for the figures and the legend.
     axes.set_ylim(smallest / 3, largest * 8)
@@ -124,18 +126,20 @@ def _draw_changes(axes: Axes, runs: Sequence[Run], colours: dict[str, str]) -> N
     axes.set_title(f"Change of perplexity against {runs[0].name} (below 0 is better)")
     axes.set_ylabel("change (%)")
     axes.axhline(0, color="black", linewidth=0.8)
-    _draw_groups(axes, changes, colours, "{:+.1f} %")
+    _draw_groups(axes, changes, colours, "{:+.1f} %".format)
     axes.margins(y=0.25)
 
 
-def _draw_groups(axes: Axes, runs: Sequence[Run], colours: dict[str, str], form: str) -> None:
+def _draw_groups(
+    axes: Axes, runs: Sequence[Run], colours: dict[str, str], form: Callable[[float], str]
+) -> None:
     """Draw a group of bars for each of `BARS`, one bar a run, its value written at its end."""
     width = 0.86 / len(runs)
     for index, run in enumerate(runs):
         values = [(run.evaluation or {}).get(key, np.nan) for key in BARS]
         places = np.arange(len(BARS)) + (index - (len(runs) - 1) / 2) * width
         bars = axes.bar(places, values, width * 0.92, color=colours[run.name], label=run.name)
-        texts = ["" if np.isnan(value) else form.format(value) for value in values]
+        texts = ["" if np.isnan(value) else form(value) for value in values]
         axes.bar_label(bars, texts, padding=2, fontsize=max(5, 9.5 - len(runs)))
     axes.set_xticks(range(len(BARS)), list(BARS.values()))
     axes.spines[["top", "right"]].set_visible(False)

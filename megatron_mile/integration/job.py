@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,7 +75,14 @@ def _replace(symbol: versions.Symbol, wrapper: Callable[[Any], Any]) -> None:
 
 
 def _with_arguments(host: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda parser: arguments.add_arguments(host(parser))
+    def add_megatron_arguments(parser: Any) -> Any:
+        parser = arguments.add_arguments(host(parser))
+        for action in parser._actions:
+            # 0.19.2 has a bare "10%" in a help text, and argparse dies of it on --help.
+            action.help = re.sub(r"(?<!%)%(?![(%])", "%%", action.help) if action.help else None
+        return parser
+
+    return add_megatron_arguments
 
 
 def _with_forward_step(config: ObjectiveConfig, host: Callable[..., Any]) -> Callable[..., Any]:

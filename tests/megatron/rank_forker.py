@@ -28,7 +28,9 @@ GRACE_S = 1.0
 
 def main() -> None:
     """Serve jobs until stdin ends; in a rank, run its script and return."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    tests = Path(__file__).resolve().parents[1]
+    sys.path.insert(0, str(tests.parent))
+    sys.path.append(str(tests))  # for the helpers that all tests share
     from megatron_mile.integration import cpu
 
     cpu.enable()

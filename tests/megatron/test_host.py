@@ -3,6 +3,8 @@
 "The host" is the same script without a --mile flag: CPU mode is on, nothing of the loss is touched.
 """
 
+import itertools
+
 import pytest
 from training_runs import EVALUATE, HOST, MILE, TP1, TP2, TrainingRuns, furthest
 
@@ -43,6 +45,15 @@ def test_evaluation_is_the_hosts_own(runs: TrainingRuns) -> None:
     assert not [line for line in evaluated if "mile" in line]
 
 
+def test_prediction_heads_keep_the_hosts_loss(runs: TrainingRuns) -> None:
+    # Both steps see the weights that were drawn; the heads' loss comes before the main one.
+    flags = (TP2, STEP, "--mtp-num-layers 1")
+    host, mile = runs.train(2, *flags, HOST), runs.train(2, *flags, MILE)
+    assert mile["mtp_1 loss"] == host["mtp_1 loss"]
+    assert furthest(mile["lm loss"], host["lm loss"]) <= ROUNDING
+    assert furthest(mile["mile loss"], host["lm loss"]) > 100 * ROUNDING
+
+
 def test_normalisers_equal_the_oracle(runs: TrainingRuns) -> None:
     """Alpha of each mode at DP=2, from runs in which it plays no part."""
     mean_loss = runs.train(2, TP1, MILE, STEP, "--mile-normalize none")["mile loss"][0]
@@ -69,7 +80,7 @@ def test_normalisers_equal_the_oracle(runs: TrainingRuns) -> None:
     assert found == pytest.approx(expected, rel=ROUNDING)
     # The modes are further apart than the tolerance, so the test can tell them apart.
     values = sorted(expected.values())
-    assert min(b / a for a, b in zip(values, values[1:], strict=False)) > 1 + 10 * ROUNDING
+    assert min(b / a for a, b in itertools.pairwise(values)) > 1 + 10 * ROUNDING
 
 
 def test_training_alpha_keeps_the_size_of_the_gradient(runs: TrainingRuns) -> None:

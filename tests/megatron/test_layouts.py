@@ -44,9 +44,10 @@ def test_training_dp2_repeats_dp1_at_twice_the_micro_batch(runs: TrainingRuns) -
 
 def test_training_dp2_repeats_dp1_with_unequal_masks(runs: TrainingRuns) -> None:
     # The ranks hold different numbers of tokens; two micro-batches a step; a loss per token.
+    documents = runs.train(1, script=HERE / "write_documents.py").folder
     data = (
-        f"--data-path {runs.train(1, script=HERE / 'write_documents.py').folder}/documents --split 100,0,0 --eod-mask-loss "
-        "--calculate-per-token-loss --global-batch-size 8"
+        f"--data-path {documents} --split 100,0,0 --eod-mask-loss --calculate-per-token-loss "
+        "--global-batch-size 8"
     )
     masked = MILE.replace("--mock-data", data)
     two = runs.train(2, TP1, masked)

@@ -8,7 +8,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from training_runs import EVALUATE, MILE, TP1, TP2, Run, TrainingRuns, mile_errors
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 
 STOP = "--exit-interval 6"
 

@@ -8,8 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -29,7 +29,7 @@ MODEL = (
     "--lr-decay-style cosine --lr-warmup-iters 1 --clip-grad 1.0 --weight-decay 0.1 "
     "--num-workers 0 --log-interval 1 --eval-iters 0 --eval-interval 1000 --save-interval 1000"
 )
-# 251 tokens, padded to 256 with either.
+# 250 tokens, padded to 256 with either.
 TP1 = "--make-vocab-size-divisible-by 256"
 TP2 = "--tensor-model-parallel-size 2 --make-vocab-size-divisible-by 128"
 HOST = "--mock-data --distributed-backend gloo"
@@ -38,7 +38,8 @@ MILE = "--mock-data --mile-cpu --mile-objective mile --mile-gamma 3"
 EVALUATE = "--eval-iters 1 --eval-interval 1"
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """A finished run."""
 
     code: int
@@ -54,6 +55,7 @@ class Run(NamedTuple):
 
     @property
     def checkpoint(self) -> Path:
+        """Where a run with `save` leaves its checkpoints."""
         return self.folder / "checkpoint"
 
 
@@ -164,8 +166,9 @@ def python(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def torchrun(world_size: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run `torchrun` itself, rendezvous on loopback."""
-    rendezvous = "--rdzv-backend c10d --rdzv-endpoint localhost:0 --nproc-per-node".split()
-    return python("-m", "torch.distributed.run", *rendezvous, world_size, *arguments)
+    rendezvous = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
+    ranks = f"--nproc-per-node={world_size}"
+    return python("-m", "torch.distributed.run", *rendezvous, ranks, *arguments)
 
 
 def environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Write a Megatron dataset of short documents into the folder that the last argument names.
+"""Write a Megatron dataset of short documents; its prefix is the last argument.
 
 Documents of 3 to 40 tokens, so that --eod-mask-loss masks another number of tokens in each sample.
 """
@@ -8,12 +8,11 @@ import sys
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-END_OF_DOCUMENT = 250
+END_OF_DOCUMENT = 249
 
 
-def main(folder: str) -> None:
-    """Write documents.bin and documents.idx."""
-    prefix = f"{folder}/documents"
+def main(prefix: str) -> None:
+    """Write PREFIX.bin and PREFIX.idx."""
     random = torch.Generator().manual_seed(0)
     builder = IndexedDatasetBuilder(prefix + ".bin")
     for length in torch.randint(3, 41, (600,), generator=random).tolist():

@@ -27,7 +27,7 @@ def _write_run(
 
 
 def _heights(axes: plt.Axes) -> list[float]:
-    return [bar.get_height() for bar in axes.patches]
+    return [bar.get_height() for container in axes.containers for bar in container]
 
 
 # Shorter than the window, as long, and longer; reach 0 leaves the values alone.
@@ -114,8 +114,8 @@ def test_plot_runs_refuses_what_it_cannot_draw(tmp_path: Path, failure: Failure)
     assert "no TensorBoard events" in failure(plot_runs.main, tmp_path / "empty", *flags)
     assert "'lm loss'; it has mile loss" in failure(plot_runs.main, run, *flags)
     (run / "evaluation.json").write_text("[1")
-    flags = ("--tag", "mile loss", *flags)
-    assert "not an evaluation" in failure(plot_runs.main, run, *flags)
+    tagged = ("--tag", "mile loss", *flags)
+    assert "not an evaluation" in failure(plot_runs.main, run, *tagged)
     (run / "evaluation.json").unlink()
     bad = ("--tag", "mile loss", "--output", tmp_path / "runs.docx")
     assert "docx" in failure(plot_runs.main, run, *bad)

@@ -1,0 +1,107 @@
+"""Checks of patching and refusing on a real GPTModel, run by test_hook.py."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+
+import torch
+from hook_model import (
+    HOST,
+    MILE,
+    B,
+    S,
+    V,
+    batch,
+    build_model,
+    forward_step,
+    raises,
+    run_checks,
+)
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.gpt import GPTModel
+
+from megatron_mile import ObjectiveConfig, attach, install, uninstall, wrap_forward_step
+from megatron_mile.integration import job
+from megatron_mile.integration.errors import MileCompatError, MileError
+from megatron_mile.integration.install import METHOD, installed_config
+
+
+def check_install_twice_replaces_the_settings() -> None:
+    install(ObjectiveConfig("ce"))
+    install(MILE)
+    hook = getattr(LanguageModule, METHOD)
+    assert installed_config(hook) == MILE
+    assert hook.__wrapped__ is HOST
+
+
+def check_uninstall_restores_the_function() -> None:
+    install(MILE)
+    uninstall()
+    uninstall()
+    assert LanguageModule.__dict__[METHOD] is HOST
+
+
+def check_install_refuses_an_unknown_host() -> None:
+    GPTModel.compute_language_model_loss = lambda self, labels, logits: labels
+    try:
+        raises(MileCompatError, "GPTModel without a compute_language_model_loss", install, MILE)
+    finally:
+        del GPTModel.compute_language_model_loss
+
+
+def check_attach_patches_one_instance() -> None:
+    model, other = build_model(), build_model()
+    attach(model, MILE)
+    attach(model, MILE)
+    assert getattr(model, METHOD).__wrapped__ is HOST
+    assert LanguageModule.__dict__[METHOD] is HOST
+    assert installed_config(getattr(other, METHOD)) is None
+    uninstall()
+    assert getattr(model, METHOD).__func__ is HOST
+
+
+def check_attach_over_install_calls_the_host() -> None:
+    install(ObjectiveConfig("ce"))
+    model = build_model()
+    attach(model, MILE)
+    assert getattr(model, METHOD).__wrapped__ is HOST
+    assert installed_config(getattr(model, METHOD)) == MILE
+
+
+def check_attach_unwraps_and_refuses_other_models() -> None:
+    wrapper, model = torch.nn.Module(), build_model()
+    wrapper.module = model
+    attach([wrapper], MILE)
+    assert installed_config(getattr(model, METHOD)) == MILE
+    raises(MileError, "Linear has no method", attach, torch.nn.Linear(2, 2), MILE)
+
+
+def check_hook_refuses_logits_that_do_not_fit() -> None:
+    model, labels = build_model(), batch()[1]
+    install(MILE)
+    method = getattr(model, METHOD)
+    raises(MileError, f"padded vocabulary of {V}", method, labels, torch.zeros(S, B, V // 2))
+    raises(MileError, "expected [s, b, V/tp]", method, labels, torch.zeros(B, S, V))
+
+
+def check_wrap_forward_step_is_idempotent() -> None:
+    once = wrap_forward_step(forward_step, MILE)
+    assert wrap_forward_step(once, MILE) is once
+
+
+def check_refuse_settings_names_the_flag() -> None:
+    calm = {"load": None, "use_distributed_optimizer": False}
+    job.refuse_settings(Namespace(**calm), MILE)
+    for name, flag in (
+        ("use_legacy_models", "--use-legacy-models"),
+        ("hybrid_context_parallel", "--hybrid-context-parallel"),
+    ):
+        raises(MileError, flag, job.refuse_settings, Namespace(**calm, **{name: True}), MILE)
+    remat = Namespace(**calm, gtp_weight_remat_size=2)
+    raises(MileError, "--mile-normalize local", job.refuse_settings, remat, MILE)
+    job.refuse_settings(remat, ObjectiveConfig("mile", normalize="local"))
+
+
+if __name__ == "__main__":
+    run_checks(globals(), sys.argv[-1])

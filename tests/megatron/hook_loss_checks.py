@@ -1,0 +1,163 @@
+"""Checks of the hooked loss of a real GPTModel against float64, run by test_hook.py."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import helpers
+import torch
+from hook_model import (
+    HOST,
+    MASK,
+    MILE,
+    Report,
+    Step,
+    V,
+    batch,
+    build_model,
+    forward,
+    forward_step,
+    host_loss,
+    raises,
+    run_checks,
+)
+
+from megatron_mile import ObjectiveConfig, attach, install, token_loss, wrap_forward_step
+from megatron_mile.integration.errors import MileError
+from megatron_mile.integration.install import METHOD
+
+
+def check_evaluation_returns_the_hosts_bits() -> None:
+    model, labels = build_model(), batch()[1]
+    expected = forward(model, labels)
+    install(MILE)
+    step = wrap_forward_step(forward_step, MILE)
+    with torch.no_grad():
+        assert torch.equal(forward(model, labels), expected)
+    output, loss_func = step(None, model.eval())
+    assert torch.equal(output, expected)
+    assert [*loss_func(output)[2]] == ["lm loss"]
+    assert torch.equal(loss_func(output)[0], host_loss(MASK, expected)[0])
+
+
+def check_training_repeats_the_oracle() -> None:
+    """Loss, report and the gradient of the output weights, against float64."""
+    model, labels, hidden = build_model(), batch()[1], []
+    logits = forward(model, None).detach()
+    model.output_layer.register_forward_hook(lambda layer, args, out: hidden.append(args[0]))
+    install(MILE)
+    output, loss_func = wrap_forward_step(forward_step, MILE)(None, model)
+    total, count, report = loss_func(output)
+    total.backward()
+    truth = helpers.oracle(logits, labels, "mile", MILE.gamma, MILE.sigma)
+    alpha = MASK.sum() / (MASK * truth.weight).sum()
+    assert count == MASK.sum() == 15
+    for name, values in (
+        ("lm loss", truth.nll),
+        ("mile loss", alpha * truth.loss),
+        ("mile entropy", truth.entropy),
+        ("mile weight", truth.weight),
+    ):
+        expected = torch.stack([(MASK * values).sum(), MASK.sum()])
+        assert helpers.error(report[name], expected) < 1e-6, name
+    assert [*report] == ["lm loss", "mile loss", "mile entropy", "mile weight"]
+    assert helpers.error(total, (MASK * alpha * truth.loss).sum()) < 1e-6
+    upstream = alpha * MASK.unsqueeze(-1) * truth.grad
+    gradient = torch.einsum("bsv,sbh->vh", upstream, hidden[0].double())
+    assert helpers.error(model.output_layer.weight.grad, gradient) < 2e-6
+
+
+def check_training_output_is_token_loss() -> None:
+    model, labels = build_model(), batch()[1]
+    logits = forward(model, None)
+    attach(model, MILE)
+    output, _ = wrap_forward_step(forward_step, MILE)(None, model)
+    assert torch.equal(output, token_loss(logits, labels, MILE).loss)
+    assert not torch.allclose(output, token_loss(logits, labels, ObjectiveConfig("ce")).loss)
+
+
+def check_report_keeps_the_form_of_a_mean() -> None:
+    def mean_loss(output: torch.Tensor) -> tuple[torch.Tensor, Report]:
+        return output.mean(), {"lm loss": output.detach().mean()}
+
+    def step(iterator: Any, model: Any) -> Step:
+        return forward(model, batch()[1]), mean_loss
+
+    model = build_model()
+    plain = forward(model, batch()[1]).detach().mean()
+    install(MILE)
+    output, loss_func = wrap_forward_step(step, MILE)(None, model)
+    loss, report = loss_func(output)
+    assert report["lm loss"].shape == ()
+    assert helpers.error(report["lm loss"], plain) < 1e-6
+    assert helpers.error(loss, report["mile loss"][0] / report["mile loss"][1]) < 1e-6
+
+
+def check_masked_token_may_hold_any_label() -> None:
+    model, labels = build_model(), batch()[1]
+    labels[0, 5] = V + 7  # MASK is 0 here
+
+    def step(iterator: Any, model: Any) -> Step:
+        return forward(model, labels), functools.partial(host_loss, MASK)
+
+    install(MILE)
+    results = []
+    for one in (forward_step, step):
+        model.zero_grad()
+        output, loss_func = wrap_forward_step(one, MILE)(None, model)
+        loss = loss_func(output)[0]
+        loss.backward()
+        results.append((loss.detach(), model.output_layer.weight.grad.clone()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def check_prediction_heads_keep_the_hosts_loss() -> None:
+    """With two multi-token-prediction heads the third loss of a step is the main one."""
+    model, labels = build_model(), batch()[1]
+    logits = forward(model, None).transpose(0, 1).contiguous()
+    host = HOST(model, labels, logits.clone())
+    weighted = token_loss(logits.transpose(0, 1), labels, MILE).loss
+    model.config.mtp_num_layers, model.mtp_process = 2, True
+
+    def step(iterator: Any, model: Any) -> tuple[list[torch.Tensor], Callable[..., Any]]:
+        losses = [getattr(model, METHOD)(labels, logits.clone()) for _ in range(3)]
+        return losses, functools.partial(host_loss, MASK)
+
+    install(MILE)
+    (first, second, main), _ = wrap_forward_step(step, MILE)(None, model)
+    assert torch.equal(first, host)
+    assert torch.equal(second, host)
+    assert torch.equal(main, weighted)
+    raises(MileError, "wrap_forward_step", step, None, model)
+
+
+def check_backward_refuses_a_loss_that_nobody_normalised() -> None:
+    model = build_model()
+    install(MILE)
+    for step in (forward_step, wrap_forward_step(forward_step, MILE)):
+        output, _ = step(None, model)
+        raises(MileError, "nobody normalised its loss", output.sum().backward)
+        assert all(weight.grad is None for weight in model.parameters())
+
+
+def check_step_refuses_two_main_losses() -> None:
+    def step(iterator: Any, model: Any) -> Step:
+        forward_step(iterator, model)
+        return forward_step(iterator, model)
+
+    install(MILE)
+    wrapped = wrap_forward_step(step, MILE)
+    raises(MileError, "computed the language-model loss twice", wrapped, None, build_model())
+
+
+def check_loss_func_refuses_a_model_that_bypasses() -> None:
+    output, loss_func = wrap_forward_step(forward_step, MILE)(None, build_model())
+    raises(MileError, "objective not applied: GPTModel computed its loss", loss_func, output)
+
+
+if __name__ == "__main__":
+    run_checks(globals(), sys.argv[-1])

@@ -1,0 +1,106 @@
+"""What the checks of the hook share: a tiny GPTModel, a batch, a forward step, and their runner.
+
+One process on one gloo rank in CPU mode, fp32. The checks' scripts run by themselves, because the
+process that runs the tests does not import Megatron.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+
+from megatron_mile import ObjectiveConfig, uninstall
+from megatron_mile.integration.install import METHOD
+
+MILE = ObjectiveConfig("mile", gamma=2.0)
+HOST = LanguageModule.__dict__[METHOD]
+
+# Sequences of 8, a batch of 3 with 2, 5 and 8 tokens that count: masks and layouts differ by axis.
+S, B, V, HIDDEN = 8, 3, 96, 32
+MASK = (torch.arange(S) < torch.tensor([[2], [5], [8]])).float()
+Report = dict[str, torch.Tensor]
+Step = tuple[torch.Tensor, Callable[..., Any]]
+
+
+def build_model() -> GPTModel:
+    """A training model with weights drawn wide, so that entropies differ between tokens."""
+    torch.manual_seed(1)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=2,
+        init_method_std=0.3,
+        use_cpu_initialization=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+    return GPTModel(config, get_gpt_layer_local_spec(), V, S).train()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels, [b, s]."""
+    text = torch.randint(V, (B, S + 1), generator=torch.Generator().manual_seed(2))
+    return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+
+def forward(model: Any, labels: torch.Tensor | None) -> torch.Tensor:
+    """The model's loss per token [b, s], or without labels its logits [b, s, V]."""
+    tokens, _ = batch()
+    later = torch.ones(S, S).triu(1).bool()[None, None]
+    return model(tokens, torch.arange(S).expand(B, S), later, labels=labels)
+
+
+def host_loss(
+    mask: torch.Tensor, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, Report]:
+    """A loss function in the form of Megatron's."""
+    total, count = (output * mask).sum(), mask.sum()
+    return total, count.int(), {"lm loss": torch.stack([total.detach(), count])}
+
+
+def forward_step(iterator: Any, model: Any) -> Step:
+    """A forward step in the form of Megatron's."""
+    return forward(model, batch()[1]), functools.partial(host_loss, MASK)
+
+
+def raises(kind: type[Exception], text: str, function: Callable[..., Any], *args: Any) -> None:
+    """Fail unless the call ends in this error."""
+    with pytest.raises(kind, match=re.escape(text)):
+        function(*args)
+
+
+def run_checks(names: Mapping[str, Any], folder: str) -> None:
+    """Run each function called check_*, from the unpatched state.
+
+    Writes checks.json into the folder: the traceback of each check, "" where it passed.
+    """
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    failures = {}
+    for name in [name for name in names if name.startswith("check_")]:
+        try:
+            names[name]()
+            failures[name] = ""
+        except (Exception, pytest.fail.Exception):
+            failures[name] = traceback.format_exc()
+        uninstall()
+    Path(folder, "checks.json").write_text(json.dumps(failures))
+    torch.distributed.destroy_process_group()

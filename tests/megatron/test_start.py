@@ -1,0 +1,169 @@
+"""What happens before the first step: the launcher, bad flags, models and machines that do not fit.
+
+Each refusal is one line on stderr and a non-zero exit, before a step has been taken.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import (
+    EVALUATE,
+    EXAMPLE,
+    HERE,
+    MILE,
+    MODEL,
+    TP1,
+    TP2,
+    TrainingRuns,
+    command_line,
+    mile_errors,
+    python,
+    read_scalars,
+    torchrun,
+)
+
+pytestmark = pytest.mark.slow
+
+ASK = "--mile-cpu --mile-objective mile "
+# A job's --mile flags, and what the one line about them must say.
+BAD_FLAGS = {
+    ASK + "--mile-gamma -1": ("gamma", "-1", ">= 0"),
+    ASK + "--mile-gamma nan": ("gamma", "nan", "finite"),
+    ASK + "--mile-gamma inf": ("gamma", "inf", "finite"),
+    ASK + "--mile-gamma much": ("--mile-gamma", "'much'"),
+    ASK + "--mile-gamma": ("--mile-gamma", "expected one argument"),
+    ASK + "--mile-sigma -0.5": ("sigma", "-0.5", ">= 0"),
+    ASK + "--mile-normalize batch": ("--mile-normalize", "'batch'", "global"),
+    ASK + "--mile-gama 2": ("--mile-gama", "did you mean --mile-gamma?"),
+    ASK + "--mile-sigma 0 --mile-gamma 0.5 --mile-entropy-grad": ("entropy_grad", "sigma", "0.5"),
+    "--mile-objective unlikelihood": ("--mile-objective", "'unlikelihood'", "focal"),
+    "--mile-gamma 2": ("--mile-gamma", "--mile-objective mile"),
+    "--mile-entropy-grad": ("--mile-entropy-grad", "--mile-objective mile"),
+    # The default, but asked for: training without it would be silently something else.
+    "--mile-gamma 1.0": ("--mile-gamma", "--mile-objective mile"),
+}
+TRY_FLAGS = """
+import json, sys
+from megatron_mile.integration.errors import MileError
+from megatron_mile.launch import prepare
+for words in json.loads(sys.argv[1]):
+    try:
+        prepare(words.split())
+        text = "accepted"
+    except MileError as error:
+        text = str(error)
+    print(json.dumps([words, text, "megatron.core" in sys.modules]))
+"""
+NOTHING_PATCHED = """
+import json, sys
+import megatron.training.training
+from megatron.core.models.gpt import GPTModel
+from megatron_mile.integration import cpu
+method = GPTModel.compute_language_model_loss
+try:
+    cpu.enable()
+    enabled = "enabled"
+except RuntimeError as error:
+    enabled = str(error)
+print(json.dumps({
+    "argv": sys.argv[1:],
+    "modules": [method.__module__, megatron.training.training.pretrain.__module__],
+    "wrapped": hasattr(method, "__wrapped__") or hasattr(megatron.training.pretrain, "__wrapped__"),
+    "enabled": enabled,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, tuple[str, bool]]:
+    """What `prepare` says to each of BAD_FLAGS, and whether it had imported Megatron by then."""
+    done = python("-c", TRY_FLAGS, json.dumps(list(BAD_FLAGS)))
+    assert done.returncode == 0, done.stderr
+    rows = map(json.loads, done.stdout.splitlines())
+    return {words: (text, imported) for words, text, imported in rows}
+
+
+@pytest.mark.parametrize("words", BAD_FLAGS)
+def test_prepare_refuses_in_one_line(answers: dict[str, tuple[str, bool]], words: str) -> None:
+    text, _ = answers[words]
+    assert "\n" not in text
+    assert all(part in text for part in BAD_FLAGS[words]), text
+
+
+def test_prepare_refuses_before_importing_megatron(answers: dict[str, tuple[str, bool]]) -> None:
+    refused = {words: late for words, (text, late) in answers.items() if text != "accepted"}
+    assert not any(refused.values())
+
+
+def test_torchrun_prints_one_line_and_fails_at_once() -> None:
+    start = time.monotonic()
+    flags = [*MODEL.split(), *TP2.split(), *MILE.split(), "--mile-gamma", "-1"]
+    done = torchrun(2, "-m", "megatron_mile.launch", EXAMPLE, *flags)
+    assert done.returncode != 0
+    (error,) = mile_errors(done.stderr)
+    assert "gamma is -1.0; expected a finite number >= 0" in error
+    # torchrun itself tells of the failed rank afterwards.
+    assert "Traceback" not in done.stderr[: done.stderr.index(error)]
+    # Measured 6 s, nearly all of it torchrun's; a job that hangs is ended after 100 s.
+    assert time.monotonic() - start < 60
+
+
+def test_launcher_repeats_the_script_run_directly(runs: TrainingRuns, tmp_path: Path) -> None:
+    # The one run through torchrun itself, which also shows that the others are what it would do.
+    flags = command_line(tmp_path, TP2, EVALUATE, MILE)
+    done = torchrun(2, "-m", "megatron_mile.launch", EXAMPLE, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    direct, launched = runs.train(2, TP2, EVALUATE, MILE, save=True), read_scalars(tmp_path)
+    assert launched.keys() == direct.scalars.keys()
+    for tag, figures in direct.scalars.items():
+        if "time" not in tag:
+            assert launched[tag] == figures, tag
+
+
+def test_launcher_patches_nothing_without_a_flag(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(NOTHING_PATCHED)
+    done = python("-m", "megatron_mile.launch", script, "--lr", "1e-3")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["argv"] == ["--lr", "1e-3"]
+    assert all(name.startswith("megatron.") for name in found["modules"])
+    assert not found["wrapped"]
+    # Too late for CPU mode, which must come before the first import of megatron.core.
+    assert "before megatron.core is imported" in found["enabled"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_script_without_gpu_fails_as_megatron_does() -> None:
+    flags = [*MODEL.split(), *TP1.split(), *MILE.replace("--mile-cpu", "").split()]
+    done = torchrun(1, EXAMPLE, *flags)
+    assert done.returncode != 0
+    assert "Megatron requires CUDA" in done.stderr
+    assert "cpu mode" not in done.stdout
+    assert not mile_errors(done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size", "layout", "text"),
+    [
+        ("own-method", 1, TP1, "objective not applied: OwnMethod does not take its loss from"),
+        ("own-forward", 1, TP1, "objective not applied: OwnForward computed its loss without"),
+        ("gathered", 2, TP2, "Gathered gathers its logits (parallel_output=False) at TP 2"),
+    ],
+    ids=["own-method", "own-forward", "gathered"],
+)
+def test_job_refuses_a_model_that_the_objective_cannot_reach(
+    runs: TrainingRuns, kind: str, world_size: int, layout: str, text: str
+) -> None:
+    script = HERE / "models_that_bypass.py"
+    run = runs.run(world_size, layout, MILE, f"--bypass {kind}", script=script)
+    assert run.code != 0
+    (error,) = mile_errors("\n".join(run.logs))
+    assert text in error
+    assert "Traceback" not in "".join(run.logs)
+    assert not run.scalars
