@@ -26,9 +26,13 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     with one_line_errors():
         prepare(arguments)
-    if importlib.util.find_spec("transformer_engine") is None:
+    if not any(word.startswith("--transformer-impl") for word in arguments) and (
+        importlib.util.find_spec("transformer_engine") is None
+    ):
         has_apex = importlib.util.find_spec("apex") is not None
-        arguments += missing_flags(arguments, WITHOUT_TE + (() if has_apex else WITHOUT_APEX))
+        added = missing_flags(arguments, WITHOUT_TE + (() if has_apex else WITHOUT_APEX))
+        print("> no Transformer Engine here, flags added:", *added)
+        arguments += added
     sys.argv[1:] = arguments
 
 import torch
@@ -78,7 +82,7 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | 
         tp_rank=tp_rank,
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=args.mtp_num_layers is not None,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
@@ -209,6 +213,10 @@ def main() -> None:
     """Parse Megatron's flags and train."""
     skip_helper_build()
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    for name in ("sft", "fim_data", "hybrid_context_parallel"):
+        if getattr(args, name):
+            flag = "--" + name.replace("_", "-")
+            raise MileError(f"{flag} is not for this script; use Megatron-LM's own pretrain_gpt.py")
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
 

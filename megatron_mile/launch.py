@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 def prepare(argv: list[str]) -> None:
     """Read the --mile flags in `argv` (without the script's name) and hook Megatron.
 
-    Call it before the first import of megatron. CPU mode adds the flags it needs to `argv`.
-    A second call changes nothing, so a script that calls it may also be started by the launcher.
+    Call it before the first import of megatron. CPU mode adds the flags it needs to `argv`. A
+    second call with the same flags changes nothing, so a script that calls it may also be started
+    by the launcher. Without a --mile flag only a resume is watched: a checkpoint of another
+    objective is refused.
 
     Raises:
         MileError: A flag does not fit, or Megatron is not as expected.
@@ -35,6 +37,10 @@ def prepare(argv: list[str]) -> None:
     on_cpu = cpu.wanted(argv)
     asks_help = "--help" in argv or "-h" in argv
     if not (arguments.given(argv) or on_cpu or asks_help):
+        if any(word.split("=")[0] == "--load" for word in argv):
+            from megatron_mile.integration.job import watch_resume
+
+            watch_resume()
         return
     settings: Namespace = arguments.parse(argv)
     notes: list[tuple[str, str]] = []
@@ -59,6 +65,7 @@ def one_line_errors() -> Iterator[None]:
     except MileError as error:
         print(f"megatron_mile: error: {error}", file=sys.stderr, flush=True)
         # Other ranks wait in a collective: leave without the interpreter's orderly shutdown.
+        sys.stdout.flush()
         os._exit(1)
 
 

@@ -75,7 +75,7 @@ def token_loss(
         )
     start, end = shard_range(logits.size(-1), vocab_range, tp_group)
     local = local_targets(targets, start, end)
-    valid = targets != ignore_index
+    valid = targets.long() != ignore_index  # as uint8, -100 would be 156
     loss, nll, entropy, weight = _WeightedLoss.apply(
         logits, local, valid, config, tp_group, inplace
     )

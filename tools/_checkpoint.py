@@ -8,8 +8,10 @@ of tensor- and pipeline-parallel ranks wrote. Nothing is unpickled beyond what t
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib.util
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,7 +132,9 @@ def _single_process_args(trained: argparse.Namespace, on_cpu: bool) -> argparse.
 
 def _start_process_group(args: argparse.Namespace) -> None:
     """Make the process group of one, over a file instead of a port."""
-    store = torch.distributed.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    store = torch.distributed.FileStore(os.path.join(folder, "store"), 1)
     torch.distributed.init_process_group(
         args.distributed_backend, store=store, rank=0, world_size=1
     )

@@ -95,6 +95,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         ToolError: checkpoint, data and frequencies cannot be used together.
     """
     started = time.monotonic()
+    if args.output and not Path(args.output).resolve().parent.is_dir():
+        raise ToolError(f"no folder for --output {args.output}; make it first")
     device = choose_device(args.cpu)
     buckets = load_buckets(args.token_frequency) if args.token_frequency else None
     _, tokens = open_pair(args.data_prefix)
@@ -109,6 +111,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "data": args.data_prefix,
         "tokens": int(counts.sum()),
     }
+    if not np.isfinite(sums).all():
+        raise ToolError(f"{folder}: the model's cross-entropy is not finite; its training diverged")
     result["cross_entropy"], result["ppl"] = figures(float(sums.sum()), int(counts.sum()))
     for index, name in enumerate(BUCKETS if buckets is not None else ()):
         result[f"tokens_{name}"] = int(counts[index])

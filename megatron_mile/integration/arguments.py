@@ -14,8 +14,12 @@ from megatron_mile.objectives import OBJECTIVES
 
 Namespace = argparse.Namespace
 NO_OBJECTIVE = "none"
-# Settings that say how the objective is computed, not what it is: free to change on resume.
-_HOW = ("backend",)
+# What each objective is made of; other settings are free to change on resume.
+_DEFINED_BY = {
+    "ce": (),
+    "mile": ("gamma", "sigma", "normalize", "entropy_grad"),
+    "focal": ("gamma", "normalize"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -107,12 +111,14 @@ def objective_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
 def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Name the settings in which a checkpoint's objective differs from this job's."""
     before, now = objective_settings(stored), objective_settings(current)
-    if before["objective"] == now["objective"] == NO_OBJECTIVE:
-        return []
+    plain = {NO_OBJECTIVE: "ce"}
+    kinds = [plain.get(values["objective"], values["objective"]) for values in (before, now)]
+    if kinds[0] != kinds[1]:
+        return [f"objective {before['objective']} -> {now['objective']}"]
     return [
         f"{name} {before[name]} -> {now[name]}"
-        for name in before
-        if name not in _HOW and before[name] != now[name]
+        for name in _DEFINED_BY.get(kinds[0], before)
+        if before[name] != now[name]
     ]
 
 

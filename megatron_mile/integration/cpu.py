@@ -6,9 +6,11 @@ Megatron names CUDA in four ways, and each gets its own small answer:
 * `torch.cuda.current_device()`, streams, events, memory figures -> stand-ins that do nothing;
 * the CUDA random generator -> a generator of its own, so that what a GPU would draw (dropout,
   warm-up tensors) never disturbs the CPU generator that initialises the weights;
-* `torch.cuda.is_available()` stays False: only `initialize_megatron` is told to go on without.
+* `torch.cuda.is_available()` is False, also where there is a GPU: only `initialize_megatron` is
+  told to go on without.
 
-Nothing here is an emulation of speed or memory: it is for tests, demonstrations and debugging.
+Devices are rewritten in the thread that called `enable`, which is where Megatron computes. Nothing
+here is an emulation of speed or memory: it is for tests, demonstrations and debugging.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def missing_flags(argv: Sequence[str], flags: Flags = CPU_FLAGS) -> list[str]:
 def _value_of(option: str, argv: Sequence[str]) -> str | None:
     """Last value of `option` on a command line, in either spelling, or None."""
     value = None
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         if word == option:
             value = following
         elif word.startswith(option + "="):
@@ -99,6 +101,7 @@ def enable() -> None:
             "CPU mode must be enabled before megatron.core is imported: "
             "start the script with `-m megatron_mile.launch`, or call enable() first"
         )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron requires it for TP > 1
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # fused helpers run as the plain functions they wrap
     _replace_cuda_functions(torch.Generator())
@@ -124,6 +127,8 @@ class _DeviceToCpu(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # The optimizers select parameters by this name.
             return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.type and isinstance(args[1:2] and args[1], str):
+            args = (args[0], args[1].replace("torch.cuda.", "torch."), *args[2:])
         meant_for_gpu = _names_cuda(kwargs.get("device"))
         if meant_for_gpu:
             kwargs["device"] = CPU
@@ -136,9 +141,11 @@ class _DeviceToCpu(TorchFunctionMode):
 
 
 def _names_cuda(device: Any) -> bool:
-    """Whether a device argument means a GPU."""
+    """Whether a device argument means a GPU; a bare number does."""
     if isinstance(device, torch.device):
         return device.type == "cuda"
+    if isinstance(device, int):
+        return not isinstance(device, bool)
     return isinstance(device, str) and device.startswith("cuda")
 
 
@@ -164,6 +171,12 @@ class _Finished:
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
 
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: object) -> float:
+        return 0.0
+
     def __enter__(self) -> _Finished:
         return self
 
@@ -185,6 +198,7 @@ def _replace_cuda_functions(generator: torch.Generator) -> None:
         return generator.get_state()
 
     stand_ins: dict[str, Any] = {
+        "is_available": lambda: False,
         "current_device": lambda: CPU,
         "set_device": nothing(),
         "synchronize": nothing(),

@@ -46,8 +46,7 @@ def install(config: ObjectiveConfig) -> None:
 def uninstall() -> None:
     """Undo `install` and every `attach`; nothing happens where nothing is patched."""
     owner = loss_owner()
-    hook: Any = getattr(owner, METHOD)
-    if installed_config(hook) is not None:
+    while installed_config(hook := getattr(owner, METHOD)) is not None:
         setattr(owner, METHOD, hook.__wrapped__)
     for module in list(_attached):
         module.__dict__.pop(METHOD, None)
@@ -171,7 +170,7 @@ def _make_hook(host: Callable[..., torch.Tensor], config: ObjectiveConfig) -> Ca
         _check_shard(self, labels, logits, group)
         stats = token_loss(logits, labels.transpose(0, 1), config, group, inplace=True)
         stats = TokenLoss(*(field.transpose(0, 1).contiguous() for field in stats))
-        window.put(stats)
+        window.put(stats, config)
         return stats.loss
 
     compute_language_model_loss.__wrapped__ = host  # type: ignore[attr-defined]
@@ -180,8 +179,13 @@ def _make_hook(host: Callable[..., torch.Tensor], config: ObjectiveConfig) -> Ca
 
 
 def _mtp_heads(model: Any) -> int:
-    """How many multi-token-prediction losses come before the main one in each forward."""
-    return (model.config.mtp_num_layers or 0) if getattr(model, "mtp_process", False) else 0
+    """How many multi-token-prediction losses come before the main one in each forward.
+
+    GPTModel computes them on the last stage wherever its MTP layers are, HybridModel only where
+    they are (`_postprocess` and `forward` of 0.19.2).
+    """
+    here = getattr(model, "mtp_process", False) or type(model).__name__ == "GPTModel"
+    return (model.config.mtp_num_layers or 0) if here else 0
 
 
 def tp_group_of(model: Any) -> ProcessGroup:

@@ -41,10 +41,18 @@ def hook_job(settings: Namespace, notes: Sequence[tuple[str, str]]) -> None:
     skip_helper_build()
     _replace(versions.ADD_ARGUMENTS, _with_arguments)
     _replace(versions.SETUP, functools.partial(_with_checks, config, list(notes)))
-    _replace(versions.CHECK_CHECKPOINT, _with_objective_check)
+    watch_resume()
     if config is not None:
-        install(config)
+        try:
+            install(config)
+        except ValueError as error:
+            raise MileError(f"--mile flags: {error}") from error
         _replace(versions.PRETRAIN, functools.partial(_with_forward_step, config))
+
+
+def watch_resume() -> None:
+    """Compare the objective of a checkpoint with the job's when one is loaded."""
+    _replace(versions.CHECK_CHECKPOINT, _with_objective_check)
 
 
 def skip_helper_build() -> None:
@@ -126,7 +134,11 @@ def _objective_lines(args: Namespace, config: ObjectiveConfig | None) -> list[tu
         ("backend", dispatch.select(config.backend, device)[1]),
         ("vocabulary", f"{args.padded_vocab_size} padded, {shard} on each TP rank"),
         ("evaluation", "plain cross-entropy by the host"),
-        ("patched", f"LanguageModule.{METHOD} of megatron.core {megatron.core.__version__}"),
+        (
+            "patched",
+            f"megatron.core {megatron.core.__version__}: LanguageModule.{METHOD}, "
+            "pretrain, setup_model_and_optimizer, check_checkpoint_args",
+        ),
     ]
 
 
@@ -141,15 +153,13 @@ def refuse_settings(args: Namespace, config: ObjectiveConfig | None) -> None:
         return
     refuse_unequal_microbatches(args, config)
     for name, reason in (
-        ("use_legacy_models", "legacy models compute their loss elsewhere"),
         ("overlap_moe_expert_parallel_comm", "its schedule runs the loss outside forward_step"),
         ("logits_load_dir", "distillation from cached logits replaces the loss"),
         ("logits_save_dir", "logit saving replaces the loss"),
-        ("modelopt_enabled", "ModelOpt distillation replaces the loss"),
+        ("modelopt_enabled", "ModelOpt replaces model and loss"),
     ):
         if getattr(args, name, None):
-            flag = "--" + name.replace("_", "-")
-            raise MileError(f"{flag} cannot be combined with --mile-objective: {reason}")
+            raise MileError(f"{name} cannot be combined with --mile-objective: {reason}")
 
 
 def refuse_unreadable_optimizer(args: Namespace) -> None:
@@ -219,7 +229,8 @@ def _with_objective_check(host: Callable[..., Any]) -> Callable[..., Any]:
 
         current = vars(get_args())
         changes = arguments.changed_settings(vars(checkpoint_args), current)
-        if changes and not current.get("mile_allow_change"):
+        allowed = current.get("mile_allow_change", False)
+        if changes and not allowed:
             raise MileError(
                 f"the checkpoint was trained with another objective: {'; '.join(changes)}; "
                 "resume with the same --mile flags, or add --mile-allow-change"

@@ -16,7 +16,7 @@ import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration.errors import MileError
-from megatron_mile.integration.telemetry import report_with_objective
+from megatron_mile.integration.telemetry import LM_LOSS, report_with_objective
 from megatron_mile.loss import TokenLoss
 from megatron_mile.parallel import ProcessGroup
 from megatron_mile.parallel.tokens import normaliser
@@ -31,26 +31,32 @@ class Window:
         self.calls = 0
         """Losses computed so far, those of multi-token-prediction heads included."""
         self.stats: TokenLoss | None = None
+        self.config: ObjectiveConfig | None = None
 
-    def put(self, stats: TokenLoss) -> None:
+    def put(self, stats: TokenLoss, config: ObjectiveConfig) -> None:
         """Leave the statistics of this step's one main loss."""
         if self.stats is not None:
             raise MileError(
                 "one forward step computed the language-model loss twice; megatron_mile weights "
                 "one loss a step: run one model in each forward_step"
             )
-        self.stats = stats
+        self.stats, self.config = stats, config
         if stats.loss.requires_grad:
             stats.loss.register_hook(self._refuse_unconsumed)
 
-    def take(self, model: Any) -> TokenLoss:
-        """Take them out, once."""
+    def take(self, model: Any, config: ObjectiveConfig) -> TokenLoss:
+        """Take them out, once, if they were made with the settings of the forward step."""
         stats, self.stats = self.stats, None
         if stats is None:
             raise MileError(
                 f"objective not applied: {type(unwrap(model)).__name__} computed its loss without "
                 "calling compute_language_model_loss as patched; use a GPTModel or HybridModel, "
                 "or --mile-objective none"
+            )
+        if self.config != config:
+            raise MileError(
+                f"install or attach was given {self.config}, but wrap_forward_step {config}; give "
+                "both the same"
             )
         return stats
 
@@ -86,7 +92,7 @@ def _open_window() -> Iterator[Window]:
 def wrap_forward_step(
     forward_step: Callable[..., Any], config: ObjectiveConfig
 ) -> Callable[..., Any]:
-    """Give a Megatron forward step the objective's normaliser and report; idempotent.
+    """Give a Megatron forward step the objective's normaliser and report; the last call holds.
 
     Args:
         forward_step: As handed to Megatron's `pretrain` or schedules: takes (data_iterator, model)
@@ -100,7 +106,8 @@ def wrap_forward_step(
         evaluation passes through untouched.
     """
     if getattr(forward_step, "__megatron_mile__", None) is not None:
-        return forward_step
+        forward_step = forward_step.__wrapped__  # type: ignore[attr-defined]
+    reduction = _Reduction(config)
 
     @functools.wraps(forward_step)
     def wrapped(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -108,31 +115,58 @@ def wrap_forward_step(
             output, loss_func = forward_step(data_iterator, model, *args, **kwargs)
         if loss_func is None:
             return output, loss_func
-        return output, functools.partial(_objective_loss, loss_func, window, model, config)
+        return output, functools.partial(reduction, loss_func, window, model)
 
     wrapped.__megatron_mile__ = config  # type: ignore[attr-defined]
     return wrapped
 
 
-def _objective_loss(
-    loss_func: LossFunc,
-    window: Window,
-    model: Any,
-    config: ObjectiveConfig,
-    output_tensor: torch.Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Let the host reduce, check and report alpha * loss, then add the objective's figures."""
-    if not is_training(model) or kwargs.get("non_loss_data"):
-        return loss_func(output_tensor, *args, **kwargs)
-    stats = window.take(model)
-    mask = _loss_mask(loss_func, stats)
-    alpha = normaliser(stats.weight, mask * stats.valid, config.normalize, data_group())
-    # A masked token may hold a label that nobody owns: its NaN must not reach the sum.
-    objective = torch.where(mask != 0, alpha * output_tensor, 0)
-    *results, report = loss_func(objective, *args, **kwargs)
-    return (*results, report_with_objective(report, stats, objective.detach(), mask))
+class _Reduction:
+    """Lets the host reduce, check and report alpha * loss, then adds the objective's figures."""
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
+        self.checked = False
+
+    def __call__(
+        self,
+        loss_func: LossFunc,
+        window: Window,
+        model: Any,
+        output_tensor: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Do what `loss_func(output_tensor)` does, with the objective where it is a training."""
+        if not is_training(model) or kwargs.get("non_loss_data"):
+            return loss_func(output_tensor, *args, **kwargs)
+        stats = window.take(model, self.config)
+        mask = _loss_mask(loss_func, stats)
+        group = None
+        if self.config.normalize in ("global", "official"):
+            group = data_group(model, self.config.normalize)
+        alpha = normaliser(stats.weight, mask * stats.valid, self.config.normalize, group)
+        # A masked token may hold a label that nobody owns: its NaN must not reach the sum.
+        objective = torch.where(mask != 0, alpha * output_tensor, 0)
+        *results, report = loss_func(objective, *args, **kwargs)
+        if not self.checked:
+            _check_count(report, mask)
+            self.checked = True
+        return (*results, report_with_objective(report, stats, objective.detach(), mask))
+
+
+def _check_count(report: dict[str, Any], mask: torch.Tensor) -> None:
+    """Compare our mask with the number of tokens that the host counted, once, in the first step."""
+    host = report.get(LM_LOSS)
+    if not isinstance(host, torch.Tensor) or host.numel() != 2:
+        return
+    ours, theirs = float(mask.double().sum()), float(host.view(-1)[1])
+    if abs(ours - theirs) > 1:  # the host rounds a fractional mask
+        raise MileError(
+            f"the loss mask of {ours:g} tokens that was found is not the one of {theirs:g} tokens "
+            "that the job's loss function uses: return functools.partial(loss_func, loss_mask) "
+            "from forward_step"
+        )
 
 
 def is_training(model: Any) -> bool:
@@ -147,13 +181,33 @@ def unwrap(model: Any) -> Any:
     return model
 
 
-def data_group() -> ProcessGroup | None:
-    """The DP x CP group over which Megatron averages its losses, if it has been set up."""
+def data_group(model: Any, normalize: str) -> ProcessGroup | None:
+    """The DP x CP group over which Megatron averages the losses of this model.
+
+    Raises:
+        MileError: There are other ranks, but no such group; or they run other micro-batches.
+    """
     from megatron.core import parallel_state
 
-    if not parallel_state.model_parallel_is_initialized():
-        return None
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    module = unwrap(model)
+    if getattr(module.config, "hybrid_context_parallel", False):
+        raise MileError(
+            f"normalize {normalize} cannot be combined with hybrid context parallel: ranks may run "
+            "different numbers of micro-batches; use local or none"
+        )
+    group = getattr(getattr(module, "pg_collection", None), "dp_cp", None)
+    if group is None and parallel_state.model_parallel_is_initialized():
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if (
+        group is None
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise MileError(
+            f"normalize {normalize} needs the data-parallel group, and neither the model's "
+            "pg_collection.dp_cp nor parallel_state has one; set it up, or use local or none"
+        )
+    return group
 
 
 def _loss_mask(loss_func: Any, stats: TokenLoss) -> torch.Tensor:
@@ -161,8 +215,8 @@ def _loss_mask(loss_func: Any, stats: TokenLoss) -> torch.Tensor:
 
     Megatron-LM and Megatron-Bridge bind it as the first argument, others by the name loss_mask.
     """
-    bound = [*getattr(loss_func, "args", ())[:1]]
-    bound.append((getattr(loss_func, "keywords", None) or {}).get("loss_mask"))
+    bound = [(getattr(loss_func, "keywords", None) or {}).get("loss_mask")]
+    bound += getattr(loss_func, "args", ())[:1]
     for mask in bound:
         if isinstance(mask, torch.Tensor) and mask.numel() == stats.loss.numel():
             return mask.view_as(stats.loss)

@@ -58,7 +58,8 @@ def describe(config: ObjectiveConfig) -> str:
     if config.objective == "mile":
         settings.append(f"sigma {config.sigma:g} nats")
     settings.append(f"alpha {config.normalize}")
-    settings.append("gradient through the entropy" if config.entropy_grad else "weights detached")
+    through = config.entropy_grad and config.objective == "mile"
+    settings.append("gradient through the entropy" if through else "weights detached")
     return f"{config.objective} ({', '.join(settings)})"
 
 
