@@ -101,7 +101,6 @@ class Contract:
     def _poison(self) -> Iterator[None]:
         """Fill uninitialised memory with NaN."""
         torch.use_deterministic_algorithms(True)
-        assert torch.utils.deterministic.fill_uninitialized_memory
         assert torch.empty(1).isnan().all()
         yield
         torch.use_deterministic_algorithms(False)
@@ -314,4 +313,8 @@ class Contract:
                 plain_torch(logits, targets),
             )
         ]
-        print("CONF", self.backend, dtype, inplace, [x / torch.finfo(dtype).eps for x in off])
+        # fp32 statistics see 1 - p_y as the difference of numbers of size 1, as torch does; in half
+        # precision the result is the truth, rounded once.
+        units = {torch.float64: 1e5, torch.float32: 1e4, torch.bfloat16: 0.51, torch.float16: 0.51}
+        assert off[0] <= units[dtype] * torch.finfo(dtype).eps
+        assert off[0] <= off[1] or dtype == torch.float64  # where torch is the truth

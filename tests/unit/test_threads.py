@@ -79,6 +79,8 @@ def _child(queue: "multiprocessing.Queue[int]") -> None:
     queue.put(_squares(40)[0][39])
 
 
+# Newer Pythons warn of any fork beside threads; the child uses none of its parent's.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_share_out_works_in_a_forked_child() -> None:
     _squares(40)  # the parent has its threads by now
     context = multiprocessing.get_context("fork")
