@@ -59,9 +59,10 @@ def token_loss(
         tp_group: Tensor-parallel group that shares the vocabulary; None for this rank alone.
         vocab_range: (start, end) of this rank's shard; None for equal shards in rank order.
         ignore_index: Target of tokens that have no loss.
-        inplace: Consume the logits: the backward writes the gradient over them. Operations that
-            saved them earlier then raise in their backward, a second backward raises, and what a
-            later read of the logits gives is undefined. The logits never change without it.
+        inplace: Consume the logits: the gradient ends up over them, and the forward may already
+            overwrite them. Operations that saved them earlier then raise in their backward, a
+            second backward raises, and what a later read of the logits gives is undefined. The
+            logits never change without it.
 
     Raises:
         ValueError: Shapes, dtypes or the vocabulary range do not fit, or the logits overlap in
@@ -126,16 +127,18 @@ class _WeightedLoss(torch.autograd.Function):
         inplace: bool,
     ) -> tuple[torch.Tensor, ...]:
         """Return (loss, nll, entropy, weight) from the logits and the targets' local columns."""
-        ctx.implementation, _ = dispatch.select(config.backend, logits.device)
-        ctx.inplace, ctx.consumed = inplace, False
-        shard = ctx.implementation.token_stats(logits, targets)
+        ctx.implementation, _ = dispatch.select(config.backend, logits.device, logits.dtype)
+        ctx.inplace, ctx.spent = inplace, False
+        # The gradient through the entropy needs z - m once more, not only its exponential.
+        ctx.consumed = inplace and ctx.needs_input_grad[0] and not config.entropy_grad
+        shard = ctx.implementation.token_stats(logits, targets, ctx.consumed)
         stats = join_stats(shard, group)
         results, coefficients = _weigh(stats, config)
         if inplace:
-            # The write itself waits for the backward; whoever saved the logits must learn now.
+            # Whoever saved the logits must learn now, also if the write waits for the backward.
             torch.autograd.graph.increment_version(logits)
-        m = stats[0].to(shard.dtype)
-        ctx.save_for_backward(logits, targets, m, coefficients.masked_fill(~valid, 0))
+        coefficients = _rebase(coefficients, shard[0] - stats[0]).masked_fill(~valid, 0)
+        ctx.save_for_backward(logits, targets, shard[0], coefficients)
         loss, *others = results.masked_fill(~valid, 0).to(shard.dtype).unbind()
         ctx.mark_non_differentiable(*others)
         return loss, *others
@@ -144,16 +147,18 @@ class _WeightedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient in the logits' dtype, over the logits' storage if in place."""
-        if ctx.consumed:
+        if ctx.spent:
             raise RuntimeError(
                 "token_loss(inplace=True) has already written its gradient over the logits; use "
                 "inplace=False to run the backward twice"
             )
         logits, targets, m, coefficients = ctx.saved_tensors
         scaled = (coefficients * grad).masked_fill(grad == 0, 0).to(m.dtype)
-        ctx.consumed = ctx.inplace
+        ctx.spent = ctx.inplace
         out = logits.detach() if ctx.inplace else None
-        gradient = ctx.implementation.token_stats_backward(logits, targets, m, scaled, out)
+        gradient = ctx.implementation.token_stats_backward(
+            logits, targets, m, scaled, out, ctx.consumed
+        )
         return gradient, None, None, None, None, None
 
 
@@ -161,8 +166,9 @@ def _weigh(stats: torch.Tensor, config: ObjectiveConfig) -> tuple[torch.Tensor, 
     """Return (loss, nll, H, w) and the gradient's coefficients at an incoming gradient of 1.
 
     With p = e^(z-m) / S the gradient w (p - 1_y) - nll w'(H) p (ln p + H) is
-    e^(z-m) (flat + tilt (z-m)) - peak 1_y; tilt is 0 and left out where w is held constant.
-    Everything is fp64, because a large gamma amplifies the rounding of H.
+    e^(z-m) (flat + tilt (z-m)) - w 1_y; tilt is 0 and left out where w is held constant. At the
+    target it is one number per token, peak, so that no rounding of a logit's exponential enters
+    p_y - 1. Everything is fp64, because a large gamma amplifies the rounding of H.
 
     Args:
         stats: (m, S, T, z_y) of the whole vocabulary, fp64 [4, ...].
@@ -179,12 +185,30 @@ def _weigh(stats: torch.Tensor, config: ObjectiveConfig) -> tuple[torch.Tensor, 
     weight = objective.weight(nll, entropy, config)
     loss = weight * nll
     # A weight may be finite where no shard held the target; the gradient must not be.
-    peak = weight.masked_fill(nll.isnan(), torch.nan)
-    coefficients = [peak / total, peak]
+    height = weight.masked_fill(nll.isnan(), torch.nan)
+    flat, peak, tilts = height / total, height * torch.expm1(-nll), []
     if config.entropy_grad:
         tilt = -nll * objective.weight_slope(nll, entropy, config) / total
-        coefficients = [peak / total + tilt * spread, peak, tilt]
-    return torch.stack([loss, nll, entropy, weight]), torch.stack(coefficients)
+        flat = flat + tilt * spread
+        # A masked target has z_y - m = -inf and e^(z_y - m) = 0: no NaN from their product.
+        at_target = (z_y - m).clamp(min=-1000)
+        peak = peak + tilt * at_target.exp() * (at_target + spread)
+        tilts = [tilt]
+    return torch.stack([loss, nll, entropy, weight]), torch.stack([flat, peak, *tilts])
+
+
+def _rebase(coefficients: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Make coefficients of e^(z-m) those of e^(z-m_r), with m_r the maximum of this shard alone.
+
+    Args:
+        coefficients: (flat, peak) or (flat, peak, tilt), fp64 [2 or 3, ...].
+        shift: m_r - m, fp64 [...]; -inf or NaN where the shard has no finite logit.
+    """
+    flat, peak, *tilts = coefficients
+    shift = torch.where(shift > -torch.inf, shift, 0)  # e^(z-m_r) is 0 there: any finite shift
+    scale = shift.exp()
+    flat = scale * (flat + tilts[0] * shift if tilts else flat)
+    return torch.stack([flat, peak, *(scale * tilt for tilt in tilts)])
 
 
 def _check_tensors(logits: torch.Tensor, targets: torch.Tensor) -> None:

@@ -1,16 +1,24 @@
 """Which implementation of the token statistics runs, and why."""
 
+import os
+
 import torch
 
-from megatron_mile.ops.token_stats import TokenStats, reference
+from megatron_mile.ops.token_stats import TokenStats, chunked, reference
 
 
-def select(backend: str, device: torch.device) -> tuple[TokenStats, str]:
+def select(
+    backend: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[TokenStats, str]:
     """Pick the implementation of the token statistics.
+
+    "auto" is the Triton kernel on a GPU and the cache-sized blocks on a CPU; where these cannot
+    run, and for "torch", it is the plain torch reference.
 
     Args:
         backend: "auto", "torch" or "triton".
         device: Where the logits are.
+        dtype: The logits' dtype; the default stands for every one but fp64.
 
     Returns:
         The implementation, and the reason in one phrase for the start block.
@@ -18,12 +26,35 @@ def select(backend: str, device: torch.device) -> tuple[TokenStats, str]:
     Raises:
         ValueError: The backend does not exist or cannot run.
     """
-    if backend == "auto":
-        return reference, f"plain torch on {device.type}: the only implementation in this release"
     if backend == "torch":
         return reference, f"plain torch on {device.type}: asked for"
-    if backend == "triton":
-        raise ValueError(
-            "backend is 'triton', but this release has no Triton kernel; use auto or torch"
-        )
-    raise ValueError(f"backend is {backend!r}; expected auto, torch or triton")
+    if backend == "auto" and device.type == "cpu":
+        if torch.compiler.is_compiling():
+            return reference, "plain torch on cpu: torch.compile fuses it"
+        return chunked, "torch in cache-sized blocks on cpu: the fastest there"
+    if backend not in ("auto", "triton"):
+        raise ValueError(f"backend is {backend!r}; expected auto, torch or triton")
+    obstacle = _triton_obstacle(device, dtype)
+    if obstacle is None:
+        from megatron_mile.ops.token_stats import kernel
+
+        asked = "asked for" if backend == "triton" else "the fastest there"
+        return kernel, f"Triton kernel on {device.type}: {asked}"
+    if backend == "auto":
+        return reference, f"plain torch on {device.type}: {obstacle}"
+    raise ValueError(f"backend is 'triton', but {obstacle}; use auto or torch")
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the Triton kernel cannot run on such logits, or None if it can."""
+    if dtype == torch.float64:
+        return "the kernel has no fp64"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the logits are on {device.type} and Triton needs a GPU (or TRITON_INTERPRET=1)"
+    try:
+        from megatron_mile.ops.token_stats import kernel
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if device.type != "cuda" and not kernel.INTERPRETED:
+        return "TRITON_INTERPRET=1 was set after Triton had been imported"
+    return None

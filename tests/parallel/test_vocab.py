@@ -62,6 +62,10 @@ def _shard(case: tuple[Any, ...], group: dist.ProcessGroup | None) -> tuple[torc
     vocab_range = None if split == "equal" else (start, end)
     out = token_loss(shard, targets, CONFIGS[name], tp_group=group, vocab_range=vocab_range)
     (grad,) = torch.autograd.grad(out.loss, shard, torch.ones_like(out.loss))
+    given_up = shard * 1
+    loss = token_loss(given_up, targets, CONFIGS[name], group, vocab_range, inplace=True).loss
+    (inplace,) = torch.autograd.grad(loss, given_up, torch.ones_like(loss))
+    assert error(inplace, grad) <= TOLERANCE[dtype]
     return (*(field.detach() for field in out), grad)
 
 

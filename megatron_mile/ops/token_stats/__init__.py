@@ -5,7 +5,8 @@ For a row z of logits, with local target y,
     m = max_j z_j,   S = sum_j e^(z_j - m),   T = sum_j e^(z_j - m) (z_j - m),   z_y
 
 A masked entry (z_j = -inf) counts 0. A shard without a finite entry, or without any, has m = -inf
-and S = T = 0. z_y is NaN where the shard does not hold the target.
+and S = T = 0. z_y is NaN where the shard does not hold the target. A NaN or +inf among the entries
+makes S and T NaN, and leaves m open.
 """
 
 from typing import Protocol
@@ -21,8 +22,17 @@ class TokenStats(Protocol):
     fp64 for fp64 logits and fp32 for the others. V may be 0.
     """
 
-    def token_stats(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return (m, S, T, z_y), [4, ...], contiguous."""
+    def token_stats(
+        self, logits: torch.Tensor, targets: torch.Tensor, consume: bool = False
+    ) -> torch.Tensor:
+        """Return (m, S, T, z_y), [4, ...], contiguous.
+
+        Args:
+            logits: Read only, unless `consume` is set.
+            targets: The columns of the targets.
+            consume: The logits may be overwritten with whatever helps the backward, which must be
+                called with `consumed`. An implementation is free to leave them as they are.
+        """
         ...
 
     def token_stats_backward(
@@ -32,16 +42,20 @@ class TokenStats(Protocol):
         m: torch.Tensor,
         coefficients: torch.Tensor,
         out: torch.Tensor | None = None,
+        consumed: bool = False,
     ) -> torch.Tensor:
-        """Return the gradient e^(z - m) * (flat + tilt * (z - m)) - peak * 1_y.
+        """Return the gradient: e^(z - m) * (flat + tilt * (z - m)), and `peak` at the target.
 
         Args:
-            logits: As in the forward.
+            logits: As the forward left them.
             targets: As in the forward.
-            m: Maximum over all shards, [...], in the arithmetic's dtype.
-            coefficients: (flat, peak) or (flat, peak, tilt), [2 or 3, ...], in that dtype. A row
-                whose coefficients are all 0 gets a gradient of exactly 0 whatever its logits hold.
-            out: Where to write, of the logits' shape and dtype; may be the logits themselves.
+            m: The maximum that the forward returned, [...].
+            coefficients: (flat, peak) or (flat, peak, tilt), [2 or 3, ...], in m's dtype; no tilt
+                with `consumed`. A row whose coefficients are all 0 gets a gradient of exactly 0
+                whatever its logits hold.
+            out: Where to write, of the logits' shape and dtype; may be the logits themselves, and
+                must be with `consumed`. No other overlap.
+            consumed: The forward ran with `consume`.
 
         Returns:
             `out`, or a new tensor of the logits' shape and dtype.

@@ -4,16 +4,16 @@ import torch
 
 # e^x is exactly 0 below -746 in fp64 (-104 in fp32), so raising z - m to this floor changes no sum,
 # and the products with a masked logit (-inf) become 0 * finite.
-_FLOOR = -1000.0
+FLOOR = -1000.0
 
 
 def _shifted(logits: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     """Return z - m as a new [..., V] tensor in m's dtype, never below the floor."""
     anchor = m.masked_fill(m == -torch.inf, 0)  # -inf - -inf would be NaN
-    return torch.sub(logits, anchor.unsqueeze(-1)).clamp_(min=_FLOOR)
+    return torch.sub(logits, anchor.unsqueeze(-1)).clamp_(min=FLOOR)
 
 
-def token_stats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def token_stats(logits: torch.Tensor, targets: torch.Tensor, consume: bool = False) -> torch.Tensor:
     """Return (m, S, T, z_y), [4, ...]; see `megatron_mile.ops.token_stats.TokenStats`."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if logits.size(-1) == 0:
@@ -35,6 +35,7 @@ def token_stats_backward(
     m: torch.Tensor,
     coefficients: torch.Tensor,
     out: torch.Tensor | None = None,
+    consumed: bool = False,
 ) -> torch.Tensor:
     """Return the gradient, [..., V]; see `megatron_mile.ops.token_stats.TokenStats`."""
     if logits.size(-1) == 0:
@@ -43,8 +44,9 @@ def token_stats_backward(
     shifted = _shifted(logits, m)
     grad = shifted.exp()
     grad.mul_(shifted.mul_(tilt[0]).add_(flat) if tilt else flat)
-    at_target = peak.masked_fill(targets.unsqueeze(-1) < 0, 0)
-    grad.scatter_add_(-1, targets.clamp(min=0).unsqueeze(-1), -at_target)
+    column = targets.clamp(min=0).unsqueeze(-1)
+    at_target = torch.where(targets.unsqueeze(-1) < 0, grad.gather(-1, column), peak)
+    grad.scatter_(-1, column, at_target)
     # A select, because 0 * NaN of a row's logits is NaN.
     grad.masked_fill_((coefficients == 0).all(0).unsqueeze(-1), 0)
     return grad.to(logits.dtype) if out is None else out.copy_(grad)

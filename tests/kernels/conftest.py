@@ -1,0 +1,31 @@
+"""Where the Triton kernels are tested: on the GPU if there is one, else in Triton's interpreter.
+
+Triton asks the environment when it is imported and again when a kernel runs. So the kernels are
+imported here, before any test module, and the variable is set for them and for the tests of this
+folder alone: no other test, and no process that one starts, sees it.
+"""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+KERNEL = "megatron_mile.ops.token_stats.kernel"
+INTERPRETED = not torch.cuda.is_available()
+
+if importlib.util.find_spec("triton") is None:
+    collect_ignore_glob = ["test_*.py"]
+elif INTERPRETED:
+    if "triton" in sys.modules and KERNEL not in sys.modules:
+        raise RuntimeError("triton was imported before its interpreter could be switched on")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module(KERNEL)
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the interpreter on during the tests of this folder where there is no GPU."""
+    if INTERPRETED:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
