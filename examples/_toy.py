@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import torch
 from _corpus import QuickstartError
-
-from megatron_mile.integration.cpu import CPU_FLAGS
 
 VOCABULARY = 4096
 HEADS = 4
@@ -60,10 +57,7 @@ class Layout:
         flags = ["--tensor-model-parallel-size", str(self.tp)]
         if self.on_cpu:
             return [*flags, "--mile-cpu"]
-        if importlib.util.find_spec("transformer_engine") is None:
-            # What runs without CUDA kernels of others, but for the backend (the first entry).
-            flags += [word for flag in CPU_FLAGS[1:] for word in flag]
-        return [*flags, "--distributed-backend", "nccl"]
+        return flags  # examples/pretrain_gpt.py adds what a missing Transformer Engine needs
 
     def env(self, processes: int) -> dict[str, str]:
         """Return the environment of a step of so many processes; nothing leaves the machine."""

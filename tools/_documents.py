@@ -223,4 +223,11 @@ def _texts(origin: str, values: dict[str, Any], key: str) -> list[str]:
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise ToolError(f"{origin}: the value of {key!r} is not text; expected a string")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise ToolError(
+            f"{origin}: the value of {key!r} holds half of a surrogate pair at {error.start}; "
+            "repair the line"
+        ) from error
     return texts

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         else:
             options["type"] = type(setting.default)
         options["help"] = f"{options['help']} (default {options['default']})"
-        group.add_argument("--mile-" + setting.name.replace("_", "-"), **options)
+        group.add_argument(_flag(setting.name), **options)
     group.add_argument(
         "--mile-allow-change",
         action="store_true",
@@ -73,7 +73,8 @@ def parse(argv: Sequence[str]) -> Namespace:
         close = difflib.get_close_matches(flag, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"the flags are {', '.join(known)}"
         raise MileError(f"unknown flag {flag}; {hint}")
-    config_from_namespace(namespace)
+    if config_from_namespace(namespace) is None:
+        _refuse_without_objective(argv)
     return namespace
 
 
@@ -81,21 +82,31 @@ def config_from_namespace(namespace: Namespace) -> ObjectiveConfig | None:
     """Build the objective from parsed flags (Megatron's args or `parse`'s); None for "none".
 
     Raises:
-        MileError: The settings do not fit, or settings were given without an objective.
+        MileError: The settings do not fit.
     """
     values = objective_settings(vars(namespace))
-    if values["objective"] != NO_OBJECTIVE:
-        try:
-            return ObjectiveConfig(**values)
-        except ValueError as error:
-            raise MileError(f"--mile flags: {error}") from error
-    for setting in dataclasses.fields(ObjectiveConfig):
-        if setting.name != "objective" and values[setting.name] != setting.default:
-            raise MileError(
-                f"--mile-{setting.name.replace('_', '-')} is {values[setting.name]} but no "
-                "objective is set; add --mile-objective mile (or ce, focal)"
-            )
-    return None
+    if values["objective"] == NO_OBJECTIVE:
+        return None
+    try:
+        return ObjectiveConfig(**values)
+    except ValueError as error:
+        raise MileError(f"--mile flags: {error}") from error
+
+
+def _flag(setting: str) -> str:
+    """The flag of a setting of ObjectiveConfig."""
+    return "--mile-" + setting.replace("_", "-")
+
+
+def _refuse_without_objective(argv: Sequence[str]) -> None:
+    """Stop a job that sets up an objective without asking for one."""
+    settings = {_flag(setting.name) for setting in dataclasses.fields(ObjectiveConfig)}
+    flags = {word.split("=", 1)[0] for word in given(argv)} & settings
+    if flags and _flag("objective") not in flags:
+        raise MileError(
+            f"{', '.join(sorted(flags))} without an objective; add --mile-objective mile (or ce, "
+            "focal, or none for the host's own loss)"
+        )
 
 
 def objective_settings(stored: Mapping[str, Any]) -> dict[str, Any]:

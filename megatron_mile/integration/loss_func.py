@@ -105,7 +105,10 @@ def wrap_forward_step(
         A forward step of the same signature. Training steps get alpha and the report keys;
         evaluation passes through untouched.
     """
-    if getattr(forward_step, "__megatron_mile__", None) is not None:
+    earlier = getattr(forward_step, "__megatron_mile__", None)
+    if earlier == config:
+        return forward_step
+    if earlier is not None:
         forward_step = forward_step.__wrapped__  # type: ignore[attr-defined]
     reduction = _Reduction(config)
 

@@ -94,7 +94,8 @@ def check_refuse_settings_names_the_flag() -> None:
     calm = {"load": None, "use_distributed_optimizer": False}
     job.refuse_settings(Namespace(**calm), MILE)
     for name, flag in (
-        ("use_legacy_models", "--use-legacy-models"),
+        ("logits_load_dir", "logits_load_dir"),
+        ("modelopt_enabled", "modelopt_enabled"),
         ("hybrid_context_parallel", "--hybrid-context-parallel"),
     ):
         raises(MileError, flag, job.refuse_settings, Namespace(**calm, **{name: True}), MILE)

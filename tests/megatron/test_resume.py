@@ -64,7 +64,7 @@ def test_resume_dp2_bf16_repeats_the_whole_run(runs: TrainingRuns) -> None:
     ("flags", "changes"),
     [
         ("--mile-gamma 2 --mile-backend torch", ["gamma 3.0 -> 2.0"]),
-        ("--mile-objective focal --mile-sigma 0", ["objective mile -> focal", "sigma 1.0 -> 0.0"]),
+        ("--mile-objective focal --mile-sigma 0", ["objective mile -> focal"]),
     ],
 )
 def test_resume_refuses_another_objective(
