@@ -1,4 +1,4 @@
-"""What the command-line tools of this folder share: how they fail.
+"""What the command-line tools of this folder share: how they parse, write and fail.
 
 A tool that is given something it cannot use ends with one line on stderr and a non-zero exit
 status: 2 for wrong flags (argparse), 130 after Ctrl-C, 1 for everything else.
@@ -6,13 +6,33 @@ status: 2 for wrong flags (argparse), 130 after Ctrl-C, 1 for everything else.
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class ToolError(ValueError):
     """Input that a tool cannot use; the message says what is wrong, where, and what to do."""
+
+
+def new_parser(prog: str, text: str | None) -> argparse.ArgumentParser:
+    """Make a parser that shows a module's docstring as it is, and takes whole flag names only."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a UTF-8 file under a temporary name and rename it, so that it is whole or not there."""
+    partial = path.with_name(f"{path.name}.partial.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 @contextmanager

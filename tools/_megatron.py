@@ -142,6 +142,6 @@ def megatron_module(name: str) -> ModuleType:
         if error.name and error.name.split(".")[0] in ("megatron", "torch"):
             raise ToolError(
                 "megatron-core is not installed; on Python >= 3.12:"
-                " pip install 'megatron-mile[train]'"
+                " pip install '.[train]' in a clone of megatron_mile"
             ) from error
         raise

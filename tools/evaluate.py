@@ -20,7 +20,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import sys
 import time
 import warnings
@@ -32,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from _checkpoint import LoadedModel, checkpoint_folder, choose_device, load_model
-from _cli import ToolError, one_line_errors
+from _cli import ToolError, new_parser, one_line_errors, write_whole
 from token_frequency import BUCKETS, load_buckets, open_pair
 from tqdm import tqdm
 
@@ -174,12 +173,7 @@ def table(result: dict[str, Any]) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line (default: that of the process)."""
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(PROG, __doc__)
     add = parser.add_argument
     add("--load", required=True, help="Megatron checkpoint folder (torch_dist)")
     add("--ckpt-step", type=int, help="iteration (default: the latest)")
@@ -202,10 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors(PROG):
         result = evaluate(args)
         if args.output:
-            output = Path(args.output)
-            partial = output.with_name(f"{output.name}.partial.{os.getpid()}")
-            partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            partial.replace(output)
+            write_whole(Path(args.output), json.dumps(result, indent=2) + "\n")
         print(table(result))
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from _cli import ToolError, one_line_errors
+from _cli import ToolError, new_parser, one_line_errors
 from _runs import Run, find_runs, read_run
 
 matplotlib.use("Agg")
@@ -165,12 +165,7 @@ def plot_runs(args: argparse.Namespace) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line (default: that of the process)."""
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(PROG, __doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run, or of several")
     add("--output", required=True, help="picture to write (.png, .svg or .pdf)")

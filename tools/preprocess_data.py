@@ -19,7 +19,7 @@ import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
-from _cli import ToolError, one_line_errors
+from _cli import ToolError, new_parser, one_line_errors
 from _documents import find_files, read_records, total_bytes
 from _encode import Encoder, encode_all
 from _indexed_pair import IndexedPairWriter
@@ -79,12 +79,7 @@ def _positive(text: str) -> int:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line (default: that of the process)."""
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(PROG, __doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="files, folders or glob patterns")
     add("--json-keys", nargs="+", default=["text"], help="one pair for each (default: text)")

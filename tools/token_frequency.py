@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _cli import ToolError, one_line_errors
+from _cli import ToolError, new_parser, one_line_errors, write_whole
 from _megatron import add_tokenizer_flags, build_tokenizer, megatron_module
 from tqdm import tqdm
 
@@ -191,9 +191,7 @@ def token_frequency(args: argparse.Namespace) -> None:
         raise ToolError(f"no tokens in {' '.join(args.data_prefix)}")
     content = summarize(counts, args.data_prefix)
     output = Path(args.output or f"{args.data_prefix[0]}_token_frequency.json")
-    partial = output.with_name(f"{output.name}.partial.{os.getpid()}")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    partial.replace(output)
+    write_whole(output, json.dumps(content) + "\n")
     print(f"{output}: {content['tokens']:,} tokens\n{'bucket':8}{'token ids':>12}{'share':>10}")
     for name in BUCKETS:
         print(f"{name:8}{content['sizes'][name]:>12,}{content['shares'][name]:>10.2%}")
@@ -201,12 +199,7 @@ def token_frequency(args: argparse.Namespace) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line (default: that of the process)."""
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(PROG, __doc__)
     add = parser.add_argument
     add("--data-prefix", nargs="+", required=True, help="pairs to count, without .bin and .idx")
     add("--output", help="JSON file (default: DATA_PREFIX_token_frequency.json)")

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from _cli import ToolError, one_line_errors
+from _cli import ToolError, new_parser, one_line_errors
 from _documents import find_files, read_records, texts_of, total_bytes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -149,12 +149,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line (default: that of the process)."""
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser(PROG, __doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="files, folders or glob patterns")
     add("--json-keys", nargs="+", default=["text"], help="keys to learn from (default: text)")

@@ -120,7 +120,7 @@ def _import(name: str) -> types.ModuleType:
     except ModuleNotFoundError as error:
         raise MileCompatError(
             f"cannot import {name}: {error}; install Megatron with "
-            "`pip install 'megatron-mile[train]'`, or run inside the Megatron-LM environment"
+            "`pip install '.[train]'` in a clone of megatron_mile, or run where Megatron-LM is"
         ) from error
 
 
