@@ -190,9 +190,7 @@ def _weigh(stats: torch.Tensor, config: ObjectiveConfig) -> tuple[torch.Tensor, 
     if config.entropy_grad:
         tilt = -nll * objective.weight_slope(nll, entropy, config) / total
         flat = flat + tilt * spread
-        # A masked target has z_y - m = -inf and e^(z_y - m) = 0: no NaN from their product.
-        at_target = (z_y - m).clamp(min=-1000)
-        peak = peak + tilt * at_target.exp() * (at_target + spread)
+        peak = peak + tilt * torch.exp(z_y - m) * (z_y - m + spread)
         tilts = [tilt]
     return torch.stack([loss, nll, entropy, weight]), torch.stack([flat, peak, *tilts])
 

@@ -237,6 +237,16 @@ class Contract:
         )
         assert torch.equal(grad, torch.zeros_like(grad))
 
+    def test_token_stats_backward_is_not_zero_for_tilt_alone(self, dtype: torch.dtype) -> None:
+        logits, targets = self.rows(3, 131, dtype)
+        m = self.implementation.token_stats(logits, targets)[0]
+        coefficients = torch.zeros(3, 3, device=self.device, dtype=m.dtype)
+        coefficients[2] = 1
+        expected = true_gradient(logits, targets, m, coefficients)
+        assert expected.any(1).all()
+        grad = self.implementation.token_stats_backward(logits, targets, m, coefficients)
+        assert error(grad, expected) <= GRADIENT[dtype]
+
     @pytest.mark.parametrize("shape", [(0, 7), (2, 0, 7), (3, 0), (0, 0), (7,)])
     def test_empty_and_single_rows_have_their_shapes(
         self, shape: tuple[int, ...], dtype: torch.dtype
@@ -282,6 +292,19 @@ class Contract:
         assert error(grad, expected) <= 2 * GRADIENT[dtype]
         held = (targets >= 0).nonzero().squeeze(1)
         assert torch.equal(grad[held, targets[held]], coefficients[1, held].to(dtype))
+
+    def test_consumed_logits_keep_small_exponentials(self, dtype: torch.dtype) -> None:
+        # e^-20 is below what fp16 holds, but with a scaled loss its gradient is not.
+        logits = torch.linspace(-20, 0, 41, device=self.device).to(dtype).repeat(2, 1)
+        targets = torch.full((2,), -1, device=self.device)
+        before = logits.clone()
+        m = self.implementation.token_stats(logits, targets, True)[0]
+        coefficients = torch.full((2, 2), 1e4, device=self.device, dtype=m.dtype)
+        expected = true_gradient(before, targets, m, coefficients)
+        grad = self.implementation.token_stats_backward(
+            logits, targets, m, coefficients, logits, True
+        )
+        assert ((grad - expected) / expected).abs().max() <= 2.1 * GRADIENT[dtype]
 
     @pytest.mark.parametrize("inplace", [False, True])
     @pytest.mark.parametrize(("count", "vocab"), VOCABULARIES)

@@ -23,8 +23,6 @@ import triton.language as tl
 
 from megatron_mile.ops.token_stats import reference
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
-
 _FLOOR = tl.constexpr(reference.FLOOR)
 _MINUS_INF = tl.constexpr(-torch.inf)
 
@@ -57,7 +55,7 @@ def token_stats_fwd_kernel(
     """Write (m, S, T, z_y) of one row, tile after tile.
 
     Lane j keeps S and T of the columns j, j + BLOCK, ... and all lanes share the running maximum:
-    one reduction and one exponential per logit and tile; the lanes are added once, at the end.
+    one reduction per tile, one exponential per logit. The lanes are added once, at the end.
     """
     row = tl.program_id(0)
     start = _row_start(logits, row, inner, outer_stride, inner_stride)
@@ -69,16 +67,17 @@ def token_stats_fwd_kernel(
         inside = lanes < columns - first
         z = tl.load(start + first + lanes, mask=inside, other=_MINUS_INF).to(tl.float32)
         new_m = tl.maximum(m, tl.max(z, 0))
-        # Sums of nothing but masked logits are 0: any finite shift keeps them.
-        shift = tl.where(m == _MINUS_INF, 0.0, m - new_m)
-        scale = tl.exp(shift)
-        shifted = z - tl.where(new_m == _MINUS_INF, 0.0, new_m)
-        # A select keeps NaN, which a maximum may drop; 0 * -inf of masked logits becomes 0.
-        shifted = tl.where(shifted < _FLOOR, _FLOOR, shifted)
+        if new_m > m:
+            # Sums of nothing but masked logits are 0: any finite shift keeps them.
+            shift = tl.where(m == _MINUS_INF, 0.0, m - new_m)
+            moment = tl.exp(shift) * (moment + shift * total)
+            total *= tl.exp(shift)
+            m = new_m
+        shifted = z - tl.where(m == _MINUS_INF, 0.0, m)
         exps = tl.exp(shifted)
-        moment = scale * (moment + shift * total) + exps * shifted
-        total = scale * total + exps
-        m = new_m
+        # The floor makes 0 * -inf of masked logits 0, and NaN stays in e^NaN.
+        moment += exps * tl.maximum(shifted, _FLOOR)
+        total += exps
     target = tl.load(targets + row)
     z_y = tl.load(start + target, mask=target >= 0, other=0.0).to(tl.float32)
     out = stats + row.to(tl.int64)
@@ -124,14 +123,17 @@ def token_stats_bwd_kernel(
     if TILTED:
         tilt = tl.load(coefficients + 2 * rows + number)
         is_zero = is_zero & (tilt == 0)
-        shifted = tl.where(shifted < _FLOOR, _FLOOR, shifted)
-        factor = flat + tilt * shifted
+        factor = flat + tilt * tl.maximum(shifted, _FLOOR)
     value = tl.exp(shifted) * factor
     value = tl.where(cells == tl.load(targets + number), peak, value)
     # A select, because 0 * NaN of a row's logits is NaN.
     value = tl.where(is_zero, 0.0, value)
     out = _row_start(grad, row, inner, grad_outer_stride, grad_inner_stride)
     tl.store(out + cells, value.to(grad.dtype.element_ty), mask=inside)
+
+
+# Whether the kernels run in Triton's interpreter, on tensors of any device.
+INTERPRETED = not isinstance(token_stats_fwd_kernel, triton.JITFunction)
 
 
 def token_stats(logits: torch.Tensor, targets: torch.Tensor, consume: bool = False) -> torch.Tensor:
@@ -240,9 +242,9 @@ def _in_rows(tensor: torch.Tensor) -> torch.Tensor:
 def _launch_size(columns: int) -> tuple[int, int]:
     """Return (BLOCK, num_warps) for a row of V columns.
 
-    Both kernels wait for memory alone: 16 logits per thread are two to four 16-byte loads in
-    flight, and 8192 in 16 warps leave registers for a second block on an H100's multiprocessor,
-    which loads while the first reduces. Reasoned, not timed on a GPU yet.
+    Both kernels should wait for memory alone: 16 logits per thread are two to four loads of 16
+    bytes in flight, and 8 warps of at most 80 registers each (as compiled for an H100) let three
+    programs share a multiprocessor, so that two load while one reduces. Not timed on a GPU yet.
     """
-    block = min(8192, triton.next_power_of_2(max(columns, 64)))
+    block = min(4096, triton.next_power_of_2(max(columns, 64)))
     return block, max(4, block // 512)
