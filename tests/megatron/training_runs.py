@@ -137,10 +137,14 @@ def command_line(folder: Path, *flags: str) -> list[str]:
 
 
 def read_scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """Read all scalars of a TensorBoard folder."""
+    """Read all scalars of a TensorBoard folder.
+
+    Megatron evaluates again after the training, under the last step's number and without flushing
+    its writer: of each step the first value counts, which is always there.
+    """
     events = EventAccumulator(str(folder)).Reload()
     return {
-        tag: {event.step: event.value for event in events.Scalars(tag)}
+        tag: {event.step: event.value for event in reversed(events.Scalars(tag))}
         for tag in events.Tags()["scalars"]
     }
 
