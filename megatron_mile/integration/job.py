@@ -136,7 +136,7 @@ def _objective_lines(args: Namespace, config: ObjectiveConfig | None) -> list[tu
         ("evaluation", "plain cross-entropy by the host"),
         (
             "patched",
-            f"megatron.core {megatron.core.__version__}: LanguageModule.{METHOD}, "
+            f"megatron.core {megatron.core.__version__.split('+')[0]}: LanguageModule.{METHOD}, "
             "pretrain, setup_model_and_optimizer, check_checkpoint_args",
         ),
     ]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from argparse import Namespace
 
 import torch
 from hook_model import (
     HOST,
+    MASK,
     MILE,
     B,
     S,
+    Step,
     V,
     batch,
     build_model,
+    forward,
     forward_step,
+    host_loss,
     raises,
     run_checks,
 )
@@ -88,6 +93,38 @@ def check_hook_refuses_logits_that_do_not_fit() -> None:
 def check_wrap_forward_step_is_idempotent() -> None:
     once = wrap_forward_step(forward_step, MILE)
     assert wrap_forward_step(once, MILE) is once
+    other = wrap_forward_step(once, ObjectiveConfig("mile", gamma=3.0))
+    assert other.__wrapped__ is forward_step
+
+
+def check_settings_of_hook_and_forward_step_must_agree() -> None:
+    install(MILE)
+    step = wrap_forward_step(forward_step, ObjectiveConfig("mile", gamma=3.0))
+    output, loss_func = step(None, build_model())
+    raises(MileError, "give both the same", loss_func, output)
+
+
+def check_mask_is_the_one_that_the_host_counts() -> None:
+    def closure_step(iterator: object, model: object) -> Step:
+        return forward(model, batch()[1]), lambda output: host_loss(MASK, output)
+
+    def keyword_step(iterator: object, model: object) -> Step:
+        def loss(labels: torch.Tensor, output: torch.Tensor, loss_mask: torch.Tensor) -> object:
+            return host_loss(loss_mask, output)
+
+        return forward(model, batch()[1]), functools.partial(loss, batch()[1], loss_mask=MASK)
+
+    install(MILE)
+    model = build_model()
+    output, loss_func = wrap_forward_step(closure_step, MILE)(None, model)
+    raises(MileError, "mask of 24 tokens", loss_func, output)
+    (by_name, _, _), (by_position, _, _) = (
+        reduce(output)
+        for output, reduce in (
+            wrap_forward_step(step, MILE)(None, model) for step in (keyword_step, forward_step)
+        )
+    )
+    assert torch.equal(by_name, by_position)
 
 
 def check_refuse_settings_names_the_flag() -> None:

@@ -138,6 +138,60 @@ def test_launcher_patches_nothing_without_a_flag(tmp_path: Path) -> None:
     assert "before megatron.core is imported" in found["enabled"]
 
 
+RESUME_IS_WATCHED = """
+import json
+from argparse import Namespace
+from megatron_mile.integration.errors import MileError
+from megatron_mile.launch import prepare
+prepare(["--load", "somewhere"])
+from megatron.core.models.gpt import GPTModel
+from megatron.training import checkpointing, global_vars, training
+global_vars.set_args(Namespace())
+try:
+    checkpointing.check_checkpoint_args(Namespace(mile_objective="mile", mile_gamma=2.0))
+    text = "accepted"
+except MileError as error:
+    text = str(error)
+loss = GPTModel.compute_language_model_loss
+print(json.dumps([text, hasattr(loss, "__wrapped__") or hasattr(training.pretrain, "__wrapped__")]))
+"""
+
+
+def test_prepare_watches_a_resume_without_a_flag() -> None:
+    done = python("-c", RESUME_IS_WATCHED)
+    assert done.returncode == 0, done.stderr
+    text, patched = json.loads(done.stdout.splitlines()[-1])
+    assert "trained with another objective: objective mile -> none" in text
+    assert not patched
+
+
+CPU_MODE = """
+import torch
+from megatron_mile.integration import cpu
+cpu.enable()
+x = torch.zeros(2, device="cuda")
+moved = [x.to(0), torch.ones(2, device=0), x.cuda(), x.to("cuda:0"), x.to(torch.device("cuda"))]
+assert all(tensor.device.type == "cpu" for tensor in moved)
+assert x.type() == "torch.cuda.FloatTensor" and torch.equal(x.type(x.type()), x)
+assert x.type(torch.float64).dtype == torch.float64
+event = torch.cuda.Event(enable_timing=True)
+assert event.query() is True and event.elapsed_time(event) == 0.0
+assert not torch.cuda.is_available()
+torch.manual_seed(1)
+expected = torch.rand(3)
+torch.manual_seed(1)
+torch.rand(5, device="cuda")
+torch.nn.functional.dropout(torch.ones(9), 0.5)
+assert torch.equal(torch.rand(3), expected)
+print("fine")
+"""
+
+
+def test_cpu_mode_answers_for_the_gpu_and_leaves_the_cpu_generator_alone() -> None:
+    done = python("-c", CPU_MODE)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_script_without_gpu_fails_as_megatron_does() -> None:
     flags = [*MODEL.split(), *TP1.split(), *MILE.replace("--mile-cpu", "").split()]

@@ -126,6 +126,7 @@ def test_main_sentencepiece_ids_equal_the_library(tmp_path: Path, texts: list[st
 GOOD = b'{"text": "1 2 3"}\n'
 BROKEN_INPUT = {
     # name of the file: its content, what the message must say
+    "half.jsonl": (b'{"text": "a \\ud800"}\n', "half.jsonl:1: the value of 'text' holds half of a"),
     "malformed.jsonl": (GOOD + b"\n" + b'{"text": "1', "malformed.jsonl:3: malformed JSON"),
     "list.jsonl": (b'["1"]\n', "list.jsonl:1: a JSON list; expected an object"),
     "key.jsonl": (GOOD + b'{"body": "1"}\n', "key.jsonl:2: no key 'text', only ['body']"),

@@ -13,6 +13,14 @@ from megatron_mile.loss import token_loss
 MILE = ObjectiveConfig()
 
 
+def test_token_loss_keeps_byte_targets_apart_from_ignore_index() -> None:
+    # -100 as uint8 is 156, which is a target like any other.
+    logits, targets = torch.zeros(2, 256), torch.tensor([156, 3], dtype=torch.uint8)
+    out = token_loss(logits, targets, ObjectiveConfig())
+    assert out.valid.all()
+    assert torch.equal(out.nll, torch.full((2,), 256.0).log())
+
+
 def test_token_loss_of_ignored_tokens_is_exactly_zero_whatever_the_logits_hold() -> None:
     logits = torch.tensor([[torch.nan] * 4, [torch.inf, 1, 2, 3], [-torch.inf] * 4, [1, 2, 3, 4]])
     for entropy_grad in (False, True):
