@@ -27,8 +27,6 @@ class Provider(NamedTuple):
 
     objective: str
     """ce or mile."""
-    text: str
-    """What it is, for tables and pictures."""
     build: Callable[[], tuple[Loss, str]]
     """Imports what it needs; returns the loss, and how it runs ("" if there is but one way)."""
     obstacle: Callable[[Case], str]
@@ -167,25 +165,19 @@ def _never() -> tuple[Loss, str]:
 
 
 PROVIDERS = {
-    "ours-reference": Provider("mile", "MiLe, plain torch", _ours("torch"), lambda _: ""),
-    "ours-chunked": Provider("mile", "MiLe", _ours("auto"), _chunked_obstacle),
-    "ours-triton": Provider("mile", "MiLe, Triton", _ours("triton"), _triton_obstacle),
-    "ours-inplace": Provider("mile", "MiLe, in place", _ours("auto", True), lambda _: ""),
-    "ours-linear": Provider(
-        "mile", "MiLe with output projection", _never, _projection("megatron_mile.linear")
-    ),
-    BASELINE: Provider("ce", "Megatron CE", _megatron, _installed("megatron")),
-    "megatron-fused": Provider("ce", "Megatron fused CE", _megatron_fused, _installed("megatron")),
-    "naive-mile": Provider(
-        "mile", "Megatron CE + separate entropy", _naive, _installed("megatron")
-    ),
-    "liger": Provider("ce", "Liger CE", _liger, _gpu_package("liger_kernel")),
-    "transformer-engine": Provider(
-        "ce", "Transformer Engine CE", _transformer_engine, _gpu_package("transformer_engine")
-    ),
-    "flash-attn": Provider("ce", "flash-attn CE", _flash_attn, _gpu_package("flash_attn")),
-    "verl": Provider("ce", "verl linear CE", _never, _projection("verl")),
-    "cut-cross-entropy": Provider(
-        "ce", "cut-cross-entropy", _never, _projection("cut_cross_entropy")
-    ),
+    "ours-reference": Provider("mile", _ours("torch"), lambda _: ""),
+    "ours-chunked": Provider("mile", _ours("auto"), _chunked_obstacle),
+    "ours-triton": Provider("mile", _ours("triton"), _triton_obstacle),
+    "ours-inplace": Provider("mile", _ours("auto", inplace=True), lambda _: ""),
+    "ours-linear": Provider("mile", _never, _projection("megatron_mile.linear")),
+    BASELINE: Provider("ce", _megatron, _installed("megatron")),
+    "megatron-fused": Provider("ce", _megatron_fused, _installed("megatron")),
+    "naive-mile": Provider("mile", _naive, _installed("megatron")),
+    "liger": Provider("ce", _liger, _gpu_package("liger_kernel")),
+    "transformer-engine": Provider("ce", _transformer_engine, _gpu_package("transformer_engine")),
+    "flash-attn": Provider("ce", _flash_attn, _gpu_package("flash_attn")),
+    "verl": Provider("ce", _never, _projection("verl")),
+    "cut-cross-entropy": Provider("ce", _never, _projection("cut_cross_entropy")),
 }
+"""Name -> loss, in the order of the tables. "naive-mile" is what one writes without a fused loss:
+Megatron's cross-entropy, and the entropy by separate operations without a graph of its own."""

@@ -195,13 +195,14 @@ def run(args: argparse.Namespace) -> None:
     read_whole(output)  # fails now rather than after the minutes of measuring
     names = list(dict.fromkeys([BASELINE, *(args.providers or PROVIDERS)]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = conditions()
     for dtype in args.dtypes:
         threads = max(1, args.threads // args.tp)
         case = Case(dtype, args.tokens, args.vocab, args.tp, threads, device)
         load = {"load": os.getloadavg()[0], "rounds": args.rounds}
         results, copies = run_case(case, names, args.rounds)
         ordered = {name: results[name] for name in PROVIDERS if name in results}
-        rows = rows_of_case(case, ordered, copies, conditions() | load)
+        rows = rows_of_case(case, ordered, copies, where | load)
         append(output, rows)
         print(f"\n[{case.tokens}, {case.vocab}] {dtype}, tp {case.tp}, forward + backward")
         show(rows)
