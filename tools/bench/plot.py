@@ -113,7 +113,7 @@ def _draw_panel(axes: Axes, key: Panel, rows: Sequence[Row]) -> None:
         end += 0.13 * largest if ratio else 0
         axes.text(end, place, note, color="#707070", fontsize=8, va="center")
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":", zorder=0)
-    axes.set_xlim(0, 1.55 * largest)
+    axes.set_xlim(0, 1.7 * largest)
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"{key[0]}, tensor parallel {key[1]}, threads per rank: {rows[0]['threads']}")

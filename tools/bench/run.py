@@ -22,12 +22,8 @@ import argparse
 import csv
 import io
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +35,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from _case import DTYPES, Case  # noqa: E402
 from _cli import ToolError, new_parser, one_line_errors, write_whole  # noqa: E402
+from _conditions import conditions  # noqa: E402
 from _measure import PHASES  # noqa: E402
 from _providers import BASELINE, PROVIDERS  # noqa: E402
 from _rounds import run_case  # noqa: E402
@@ -125,43 +122,6 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return "" if np.isnan(value) else f"{value:.4g}"
     return value
-
-
-def conditions() -> dict[str, Any]:
-    """Return the columns that say where and with what a run was made."""
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
-    versions = {"triton": _version("triton"), "megatron_core": _version("megatron-core")}
-    return {"device": _device_name(), "torch": torch.__version__, **versions} | {
-        "commit": _commit(),
-        "date": now,
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
-
-
-def _device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _commit() -> str:
-    """Return the commit, with "+" if code that is timed differs from it; "unknown" without git."""
-    git = ["git", "-C", str(ROOT)]
-    changed = [*git, "status", "--porcelain", "--", "megatron_mile", "tools/bench/*.py"]
-    try:
-        head = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True)
-        return head.strip() + "+" * bool(subprocess.check_output(changed))
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
