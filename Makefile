@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-.PHONY: help setup quickstart test lint
+.PHONY: help setup quickstart test lint bench
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make quickstart [ARGS=...]     train, evaluate and compare small models (ARGS=--help)"
 	@echo "make test                      run the tests"
 	@echo "make lint                      check style and types"
+	@echo "make bench [ARGS=...]          time the loss beside Megatron's and others (ARGS=--help)"
 
 setup: $(STAMP)
 
@@ -33,3 +34,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: setup
+	@$(BIN)/python tools/bench/run.py $(ARGS)
+	@$(BIN)/python tools/bench/plot.py

@@ -1,0 +1,130 @@
+"""One call of a loss, measured: its time, its memory, its collectives."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _case import Inputs
+from _providers import Loss
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PHASES = ("forward", "backward", "both")
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+class Call:
+    """A loss with its data, and the logits that it may overwrite: all calls share one buffer."""
+
+    def __init__(self, loss: Loss, inputs: Inputs, logits: torch.Tensor, group: Any) -> None:
+        self.loss, self.inputs, self.logits, self.group = loss, inputs, logits, group
+
+    def restore(self) -> None:
+        """Give the logits back their values."""
+        self.logits.detach().copy_(self.inputs.logits)
+
+    def forward(self) -> torch.Tensor:
+        """Return the loss [T] with its graph."""
+        return self.loss(self.logits, self.inputs.targets, self.group)
+
+    def backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the logits [T, V/tp]."""
+        (gradient,) = torch.autograd.grad(loss, self.logits, self.inputs.upstream.to(loss.dtype))
+        return gradient
+
+
+class _CountCollectives(TorchDispatchMode):
+    """Counts the operations that torch.distributed hands to its backends."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+def count_collectives(call: Call) -> dict[str, int]:
+    """Return the collectives of each phase."""
+    call.restore()
+    with _CountCollectives() as mode:
+        loss = call.forward()
+        forward = mode.count
+        call.backward(loss)
+    return {"forward": forward, "backward": mode.count - forward, "both": mode.count}
+
+
+def time_call(call: Call, barrier: Callable[[], Any]) -> tuple[float, float, float]:
+    """Return the ms of forward, backward and both, of one call that all ranks start together."""
+    call.restore()
+    read = _cuda_clock if call.logits.is_cuda else time.perf_counter
+    barrier()
+    start = read()
+    loss = call.forward()
+    middle = read()
+    gradient = call.backward(loss)
+    end = read()
+    del gradient
+    forward, backward = _ms(start, middle), _ms(middle, end)
+    return forward, backward, forward + backward
+
+
+def time_copy(source: torch.Tensor, out: torch.Tensor, barrier: Callable[[], Any]) -> float:
+    """Return the ms of out.copy_(source): what the memory gives at best."""
+    read = _cuda_clock if source.is_cuda else time.perf_counter
+    barrier()
+    start = read()
+    out.copy_(source)
+    return _ms(start, read())
+
+
+def _cuda_clock() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _ms(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return 1e3 * (end - start)
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def extra_mib(call: Call) -> float:
+    """Return the peak memory of forward and backward beyond the inputs, MiB; NaN if unknown.
+
+    On a GPU the allocator says it. On a CPU it is the peak of resident memory, which Linux lets a
+    process reset, so that memory of other threads and of compiled code counts too. Call it after
+    a first call, when caches and compiled code exist.
+    """
+    call.restore()
+    gc.collect()
+    if call.logits.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call.backward(call.forward())
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if sys.platform != "linux":
+        return float("nan")
+    # Freed blocks that the C library kept would count as memory in use before the call.
+    ctypes.CDLL(None).malloc_trim(0)
+    _CLEAR_REFS.write_text("5")
+    before = _resident_kib("VmRSS")
+    call.backward(call.forward())
+    return (_resident_kib("VmHWM") - before) / 2**10
+
+
+def _resident_kib(key: str) -> int:
+    found = re.search(rf"^{key}:\s+(\d+) kB", _STATUS.read_text(), flags=re.M)
+    assert found, f"no {key} in {_STATUS}"
+    return int(found[1])

@@ -1,0 +1,142 @@
+"""Runs one case: checks every provider, then times all of them in turn, round after round."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+import tempfile
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from _case import TOLERANCES, Case, Inputs, make_inputs
+from _measure import PHASES, Call, count_collectives, extra_mib, time_call, time_copy
+from _providers import PROVIDERS
+from tqdm import tqdm
+
+
+def run_case(case: Case, names: Sequence[str], rounds: int) -> tuple[dict[str, Any], list[float]]:
+    """Run the case in new processes, one per rank.
+
+    Args:
+        case: what is computed.
+        names: keys of `PROVIDERS`.
+        rounds: calls of each provider that are timed.
+
+    Returns:
+        Name -> {"status"} and, as far as the provider got, "loss_error", "gradient_error",
+        "extra_mib", "collectives" (phase -> number) and "ms" (phase -> one number per round); and
+        the ms of the copies. Times and memory are those of the slowest and the largest rank.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (case, list(names), rounds, folder), nprocs=case.tp)
+        results, copies = json.loads(Path(folder, "results.json").read_text())
+    return results, copies
+
+
+def _rank(rank: int, case: Case, names: list[str], rounds: int, folder: str) -> None:
+    warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed")
+    torch.set_num_threads(case.threads)
+    device = torch.device(case.device, rank) if case.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_default_device(device)
+    else:  # loopback, whatever the name of the host resolves to
+        interfaces = [name for _, name in socket.if_nameindex()]
+        os.environ["GLOO_SOCKET_IFNAME"] = next(x for x in interfaces if x.startswith("lo"))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.FileStore(f"{folder}/store", case.tp),
+        rank=rank,
+        world_size=case.tp,
+        timeout=timedelta(minutes=5),
+    )
+    try:
+        inputs = make_inputs(case, rank, device)
+        answer = _measure(case, inputs, names, rounds, quiet=rank > 0)
+        if rank == 0:
+            Path(folder, "results.json").write_text(json.dumps(answer))
+    finally:
+        dist.destroy_process_group()
+
+
+def _measure(
+    case: Case, inputs: Inputs, names: list[str], rounds: int, quiet: bool
+) -> tuple[dict[str, Any], list[float]]:
+    """Check the providers, then time those that are right; see `run_case`."""
+    results: dict[str, Any] = {}
+    calls: dict[str, Call] = {}
+    logits = inputs.logits.clone().requires_grad_()
+    title = f"{case.dtype} tp {case.tp}"
+    for name in tqdm(names, f"{title} check", disable=quiet, leave=False):
+        results[name], call = _check(case, name, inputs, logits)
+        if call is not None:
+            calls[name] = call
+    copy = torch.empty_like(inputs.logits)
+    copies, times = [], []
+    order = list(calls)
+    for turn in tqdm(range(rounds), f"{title} rounds", disable=quiet, leave=False):
+        copies.append(time_copy(inputs.logits, copy, dist.barrier))
+        # Another one begins each round, so that nobody always follows the same neighbour.
+        start = turn % max(len(order), 1)
+        measured = {
+            name: time_call(calls[name], dist.barrier) for name in order[start:] + order[:start]
+        }
+        times.append([measured[name] for name in order])
+    slowest = _largest(times, inputs)
+    for i, name in enumerate(order):
+        results[name]["ms"] = {
+            phase: [row[i][j] for row in slowest] for j, phase in enumerate(PHASES)
+        }
+    return results, _largest(copies, inputs)
+
+
+def _check(
+    case: Case, name: str, inputs: Inputs, logits: torch.Tensor
+) -> tuple[dict[str, Any], Call | None]:
+    """Compare a provider with the oracle and measure its memory; no call if it is not to be timed.
+
+    A provider that raises has failed like one whose numbers are wrong: one broken package must not
+    take the others with it.
+    """
+    provider = PROVIDERS[name]
+    obstacle = provider.obstacle(case)
+    if obstacle:
+        return {"status": f"not run: {obstacle}"}, None
+    try:
+        loss, how = provider.build()
+        call = Call(loss, inputs, logits, dist.group.WORLD)
+        call.restore()
+        value = call.forward()
+        gradient = call.backward(value)
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        return {"status": f"failed: {type(error).__name__}: {first}"}, None
+    errors = inputs.errors(provider.objective, value, gradient)
+    del value, gradient
+    errors = _largest(errors, inputs)
+    result: dict[str, Any] = dict(zip(("loss_error", "gradient_error"), errors, strict=True))
+    limits = TOLERANCES[case.dtype]
+    for kind, off, limit in zip(("loss", "gradient"), errors, limits, strict=True):
+        if not off <= limit:  # NaN too
+            return result | {"status": f"failed: {kind} error {off:.1e} above {limit:.0e}"}, None
+    result |= {"status": f"timed ({how})" if how else "timed"}
+    result["collectives"] = count_collectives(call)
+    result["extra_mib"] = _largest(extra_mib(call), inputs)
+    gc.collect()
+    return result, call
+
+
+def _largest(values: Any, inputs: Inputs) -> Any:
+    """Return the numbers' maximum over the ranks, in the same nesting; NaN wins."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=inputs.logits.device)
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.stack(parts).amax(0).tolist()
