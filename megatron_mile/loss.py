@@ -11,11 +11,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.objectives import OBJECTIVES
 from megatron_mile.ops import dispatch
 from megatron_mile.parallel import ProcessGroup
 from megatron_mile.parallel.tokens import masked, normaliser
-from megatron_mile.parallel.vocab import join_stats, local_targets, shard_range
+from megatron_mile.parallel.vocab import local_targets, shard_range
+from megatron_mile.weighting import scale_coefficients, weigh_shard
 
 
 class TokenLoss(NamedTuple):
@@ -45,6 +45,7 @@ def token_loss(
     vocab_range: tuple[int, int] | None = None,
     ignore_index: int = -100,
     inplace: bool = False,
+    vocab_size: int | None = None,
 ) -> TokenLoss:
     """Return the weighted loss of every token: w(nll, H) * nll.
 
@@ -63,10 +64,13 @@ def token_loss(
             overwrite them. Operations that saved them earlier then raise in their backward, a
             second backward raises, and what a later read of the logits gives is undefined. The
             logits never change without it.
+        vocab_size: Ids from here on are padding: their columns are left out of the softmax, so of
+            nll and entropy, and get gradient 0, and no target may name them. None counts all
+            columns, as Megatron does.
 
     Raises:
-        ValueError: Shapes, dtypes or the vocabulary range do not fit, or the logits overlap in
-            memory and `inplace` is set.
+        ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, or the logits overlap
+            in memory and `inplace` is set.
     """
     _check_tensors(logits, targets)
     if inplace and _overlaps(logits):
@@ -74,13 +78,12 @@ def token_loss(
             f"inplace=True with logits that overlap in memory (strides {tuple(logits.stride())}); "
             "pass inplace=False or logits.contiguous()"
         )
-    start, end = shard_range(logits.size(-1), vocab_range, tp_group)
+    start, end = shard_range(logits.size(-1), vocab_range, tp_group, vocab_size)
     local = local_targets(targets, start, end)
-    valid = targets.long() != ignore_index  # as uint8, -100 would be 156
-    loss, nll, entropy, weight = _WeightedLoss.apply(
-        logits, local, valid, config, tp_group, inplace
-    )
-    return TokenLoss(loss, nll, entropy, weight, valid)
+    valid = valid_targets(targets, ignore_index)
+    columns = end - start
+    fields = _WeightedLoss.apply(logits, local, valid, columns, config, tp_group, inplace)
+    return TokenLoss(*fields, valid=valid)
 
 
 def reduce_loss(
@@ -122,24 +125,23 @@ class _WeightedLoss(torch.autograd.Function):
         logits: torch.Tensor,
         targets: torch.Tensor,
         valid: torch.Tensor,
+        columns: int,
         config: ObjectiveConfig,
         group: ProcessGroup | None,
         inplace: bool,
     ) -> tuple[torch.Tensor, ...]:
-        """Return (loss, nll, entropy, weight) from the logits and the targets' local columns."""
+        """Return (loss, nll, entropy, weight) from the first `columns` of the logits."""
         ctx.implementation, _ = dispatch.select(config.backend, logits.device, logits.dtype)
-        ctx.inplace, ctx.spent = inplace, False
+        ctx.columns, ctx.inplace, ctx.spent = columns, inplace, False
         # The gradient through the entropy needs z - m once more, not only its exponential.
         ctx.consumed = inplace and ctx.needs_input_grad[0] and not config.entropy_grad
-        shard = ctx.implementation.token_stats(logits, targets, ctx.consumed)
-        stats = join_stats(shard, group)
-        results, coefficients = _weigh(stats, config)
+        shard = ctx.implementation.token_stats(logits[..., :columns], targets, ctx.consumed)
+        fields, coefficients = weigh_shard(shard, valid, config, group)
         if inplace:
             # Whoever saved the logits must learn now, also if the write waits for the backward.
             torch.autograd.graph.increment_version(logits)
-        coefficients = _rebase(coefficients, shard[0] - stats[0]).masked_fill(~valid, 0)
         ctx.save_for_backward(logits, targets, shard[0], coefficients)
-        loss, *others = results.masked_fill(~valid, 0).to(shard.dtype).unbind()
+        loss, *others = fields.unbind()
         ctx.mark_non_differentiable(*others)
         return loss, *others
 
@@ -153,68 +155,33 @@ class _WeightedLoss(torch.autograd.Function):
                 "inplace=False to run the backward twice"
             )
         logits, targets, m, coefficients = ctx.saved_tensors
-        scaled = (coefficients * grad).masked_fill(grad == 0, 0).to(m.dtype)
+        scaled = scale_coefficients(coefficients, grad, m.dtype)
         ctx.spent = ctx.inplace
-        out = logits.detach() if ctx.inplace else None
-        gradient = ctx.implementation.token_stats_backward(
-            logits, targets, m, scaled, out, ctx.consumed
+        out = logits.detach() if ctx.inplace else torch.empty_like(logits)
+        inside = (..., slice(ctx.columns))
+        ctx.implementation.token_stats_backward(
+            logits[inside], targets, m, scaled, out[inside], ctx.consumed
         )
-        return gradient, None, None, None, None, None
+        out[..., ctx.columns :] = 0
+        return out, None, None, None, None, None, None
 
 
-def _weigh(stats: torch.Tensor, config: ObjectiveConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (loss, nll, H, w) and the gradient's coefficients at an incoming gradient of 1.
-
-    With p = e^(z-m) / S the gradient w (p - 1_y) - nll w'(H) p (ln p + H) is
-    e^(z-m) (flat + tilt (z-m)) - w 1_y; tilt is 0 and left out where w is held constant. At the
-    target it is one number per token, peak, so that no rounding of a logit's exponential enters
-    p_y - 1. Everything is fp64, because a large gamma amplifies the rounding of H.
-
-    Args:
-        stats: (m, S, T, z_y) of the whole vocabulary, fp64 [4, ...].
-        config: The objective.
-
-    Returns:
-        fp64 [4, ...], and (flat, peak) or (flat, peak, tilt), fp64 [2 or 3, ...].
-    """
-    m, total, moment, z_y = stats
-    log_total, spread = total.log(), -moment / total
-    nll = log_total - (z_y - m)
-    entropy = (log_total + spread).clamp(min=0)
-    objective = OBJECTIVES[config.objective]
-    weight = objective.weight(nll, entropy, config)
-    loss = weight * nll
-    # A weight may be finite where no shard held the target; the gradient must not be.
-    height = weight.masked_fill(nll.isnan(), torch.nan)
-    flat, peak, tilts = height / total, height * torch.expm1(-nll), []
-    if config.entropy_grad:
-        tilt = -nll * objective.weight_slope(nll, entropy, config) / total
-        flat = flat + tilt * spread
-        peak = peak + tilt * torch.exp(z_y - m) * (z_y - m + spread)
-        tilts = [tilt]
-    return torch.stack([loss, nll, entropy, weight]), torch.stack([flat, peak, *tilts])
+def valid_targets(targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Return bool [...]: the token has a loss."""
+    return targets.long() != ignore_index  # as uint8, -100 would be 156
 
 
-def _rebase(coefficients: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Make coefficients of e^(z-m) those of e^(z-m_r), with m_r the maximum of this shard alone.
-
-    Args:
-        coefficients: (flat, peak) or (flat, peak, tilt), fp64 [2 or 3, ...].
-        shift: m_r - m, fp64 [...]; -inf or NaN where the shard has no finite logit.
-    """
-    flat, peak, *tilts = coefficients
-    shift = torch.where(shift > -torch.inf, shift, 0)  # e^(z-m_r) is 0 there: any finite shift
-    scale = shift.exp()
-    flat = scale * (flat + tilts[0] * shift if tilts else flat)
-    return torch.stack([flat, peak, *(scale * tilt for tilt in tilts)])
+def check_dtypes(name: str, values: torch.Tensor, targets: torch.Tensor) -> None:
+    """Raise ValueError unless the values (called `name`) are floating and the targets integers."""
+    if values.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name} are {values.dtype}; expected fp64, fp32, bf16 or fp16")
+    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ValueError(f"targets are {targets.dtype}; expected integers such as torch.int64")
 
 
 def _check_tensors(logits: torch.Tensor, targets: torch.Tensor) -> None:
     """Raise ValueError unless logits are floating [..., V] and targets integers [...]."""
-    if logits.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"logits are {logits.dtype}; expected fp64, fp32, bf16 or fp16")
-    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise ValueError(f"targets are {targets.dtype}; expected integers such as torch.int64")
+    check_dtypes("logits", logits, targets)
     if logits.dim() == 0 or targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"targets have shape {tuple(targets.shape)} and logits {tuple(logits.shape)}; expected "

@@ -9,9 +9,12 @@ from megatron_mile.parallel import ProcessGroup, group_size
 
 
 def shard_range(
-    columns: int, vocab_range: tuple[int, int] | None, group: ProcessGroup | None
+    columns: int,
+    vocab_range: tuple[int, int] | None,
+    group: ProcessGroup | None,
+    vocab_size: int | None = None,
 ) -> tuple[int, int]:
-    """Return the vocabulary ids [start, end) of this rank's logits.
+    """Return the vocabulary ids [start, end) of this rank's logits, without padding.
 
     Args:
         columns: Size of the logits' last dimension.
@@ -19,10 +22,23 @@ def shard_range(
             The ranges of a group must tile the vocabulary without gap or overlap, which is not
             checked: it would cost a collective.
         group: Tensor-parallel group; None for this rank alone.
+        vocab_size: Ids from here on are padding; None for no padding.
 
     Raises:
-        ValueError: The range does not fit the logits.
+        ValueError: The range does not fit the logits, or the size is not positive.
     """
+    start, end = _columns_range(columns, vocab_range, group)
+    if vocab_size is None:
+        return start, end
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size is {vocab_size}; expected the tokenizer's size, 1 or more")
+    return start, max(start, min(end, vocab_size))
+
+
+def _columns_range(
+    columns: int, vocab_range: tuple[int, int] | None, group: ProcessGroup | None
+) -> tuple[int, int]:
+    """Return the ids of all columns, padding included."""
     if vocab_range is None:
         rank = dist.get_rank(group) if group_size(group) > 1 else 0
         return rank * columns, (rank + 1) * columns

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.loss import _weigh
+from megatron_mile.weighting import weigh
 
 # Measured: fp64 1.2e-14, fp32 1.0e-6 (gamma = 5, where the power multiplies the error of H by 5).
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -52,7 +52,7 @@ def test_token_loss_matches_oracle(vocab: int, dtype: torch.dtype) -> None:
 def test_weigh_never_gives_a_negative_entropy() -> None:
     # The reference's S is >= 1; another implementation's may round below, and a root would be NaN.
     stats = torch.tensor([[5.0], [1 - 1e-7], [0.0], [5.0]], dtype=torch.float64)
-    fields, _ = _weigh(stats, ObjectiveConfig(gamma=0.5, sigma=0))
+    fields, _ = weigh(stats, ObjectiveConfig(gamma=0.5, sigma=0))
     assert fields[2:].tolist() == [[0.0], [0.0]]
 
 

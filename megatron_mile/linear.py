@@ -1,0 +1,213 @@
+"""The objective as a loss of hidden states: output projection and loss in one autograd node.
+
+    forward    block of hidden states --GEMM--> block of logits --> 4 numbers per token
+               all tokens: one all_gather of them, loss and coefficients
+    backward   the same block of logits again --> its gradient in place --GEMM--> d hidden
+                                                                        --GEMM--> d weight
+
+The logits [tokens, V/tp] never exist as a whole, for one GEMM of four more. What is saved is the
+hidden states and a few numbers per token; the block is the only extra memory that counts.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from megatron_mile.config import ObjectiveConfig
+from megatron_mile.loss import TokenLoss, check_dtypes, valid_targets
+from megatron_mile.ops import dispatch
+from megatron_mile.parallel import ProcessGroup, group_size
+from megatron_mile.parallel.hidden import gather_sequence, start_reduce
+from megatron_mile.parallel.vocab import local_targets, shard_range
+from megatron_mile.weighting import scale_coefficients, weigh_shard
+
+CHUNK_TOKENS = 1024
+
+
+class _Setting(NamedTuple):
+    """What does not change from block to block."""
+
+    config: ObjectiveConfig
+    columns: int
+    """Columns of this shard that are no padding."""
+    group: ProcessGroup | None
+    chunk_tokens: int
+    sequence_parallel: bool
+
+
+def linear_token_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    config: ObjectiveConfig,
+    tp_group: ProcessGroup | None = None,
+    vocab_range: tuple[int, int] | None = None,
+    ignore_index: int = -100,
+    chunk_tokens: int = CHUNK_TOKENS,
+    vocab_size: int | None = None,
+    sequence_parallel: bool = False,
+    gradient_accumulation_fusion: bool = False,
+) -> TokenLoss:
+    """Return `token_loss(hidden @ weight.T, targets, ...)` without holding all the logits.
+
+    The logits have the dtype of the hidden states; the gradient of the weight is accumulated in
+    fp32 (fp64 for fp64) over the blocks. With a tensor-parallel group the gradient of the hidden
+    states is summed over it, as by Megatron's ColumnParallelLinear.
+
+    Args:
+        hidden: [..., H] in fp64, fp32, bf16 or fp16; all tokens, or with `sequence_parallel` this
+            rank's part of the first dimension.
+        weight: [V/tp, H], dtype of `hidden`: this rank's rows of the output layer.
+        targets: Integers, [...], of all tokens: ids in the whole vocabulary.
+        config: The objective.
+        tp_group: As in `token_loss`.
+        vocab_range: As in `token_loss`.
+        ignore_index: As in `token_loss`.
+        chunk_tokens: Tokens whose logits exist at a time, >= 1.
+        vocab_size: As in `token_loss`.
+        sequence_parallel: Gather `hidden` over the group along its first dimension, in the forward
+            and again in the backward, and scatter its gradient likewise.
+        gradient_accumulation_fusion: Add the weight's gradient to `weight.main_grad`, if it has one,
+            as Megatron's flag of that name does; `weight.grad` is then a placeholder for its hooks.
+
+    Raises:
+        ValueError: Shapes, dtypes, the vocabulary's range or size do not fit.
+    """
+    _check_tensors(hidden, weight, targets, group_size(tp_group) if sequence_parallel else 1)
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; expected 1 or more")
+    start, end = shard_range(weight.size(0), vocab_range, tp_group, vocab_size)
+    local = local_targets(targets, start, end)
+    valid = valid_targets(targets, ignore_index)
+    setting = _Setting(config, end - start, tp_group, chunk_tokens, sequence_parallel)
+    main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
+    fields = _LinearLoss.apply(hidden, weight, local, valid, setting, main_grad)
+    return TokenLoss(*fields, valid=valid)
+
+
+class _LinearLoss(torch.autograd.Function):
+    """loss = w(nll, H) * nll of hidden @ weight.T, block after block of tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        valid: torch.Tensor,
+        setting: _Setting,
+        main_grad: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return (loss, nll, entropy, weight), each of the targets' shape."""
+        ctx.setting, ctx.main_grad = setting, main_grad
+        ctx.implementation, _ = dispatch.select(setting.config.backend, hidden.device, hidden.dtype)
+        rows, flat_targets = _rows(hidden, setting), targets.flatten()
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        shard = hidden.new_empty(4, *targets.shape, dtype=dtype)
+        for block, logits in _blocks(rows, weight, setting):
+            stats = ctx.implementation.token_stats(logits, flat_targets[block])
+            shard.view(4, -1)[:, block] = stats
+        fields, coefficients = weigh_shard(shard, valid, setting.config, setting.group)
+        ctx.save_for_backward(hidden, weight, targets, shard[0], coefficients)
+        loss, *others = fields.unbind()
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of hidden and weight in their dtypes."""
+        hidden, weight, targets, m, coefficients = ctx.saved_tensors
+        setting: _Setting = ctx.setting
+        rows = _rows(hidden, setting)
+        scaled = scale_coefficients(coefficients, grad, m.dtype).flatten(1)
+        flat_targets, maxima = targets.flatten(), m.flatten()
+        d_rows = rows.new_empty(rows.shape)
+        d_weight = _accumulator(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
+        for block, logits in _blocks(rows, weight, setting):
+            d_logits = ctx.implementation.token_stats_backward(
+                logits, flat_targets[block], maxima[block], scaled[:, block], out=logits
+            )
+            torch.mm(d_logits, weight[: setting.columns], out=d_rows[block])
+            if block.stop >= len(rows):  # the reduction runs beside the last block's d weight
+                d_hidden = d_rows.view(*targets.shape, rows.size(-1))
+                reduced = start_reduce(d_hidden, setting.group, setting.sequence_parallel)
+            if d_weight is not None:
+                _add_product(d_weight[: setting.columns], d_logits, rows[block])
+        return reduced(), _finished(d_weight, weight, ctx.main_grad), None, None, None, None
+
+
+def _rows(hidden: torch.Tensor, setting: _Setting) -> torch.Tensor:
+    """Return the hidden states of all tokens, [T, H]."""
+    whole = gather_sequence(hidden, setting.group) if setting.sequence_parallel else hidden
+    return whole.reshape(-1, whole.size(-1))
+
+
+def _blocks(
+    rows: torch.Tensor, weight: torch.Tensor, setting: _Setting
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield which tokens, and their logits [n, columns], which the next block overwrites."""
+    size = min(setting.chunk_tokens, max(len(rows), 1))
+    buffer = rows.new_empty(size, setting.columns)
+    for start in range(0, max(len(rows), 1), size):
+        block = slice(start, start + size)
+        part = rows[block]
+        yield block, torch.mm(part, weight[: setting.columns].t(), out=buffer[: len(part)])
+
+
+def _accumulator(weight: torch.Tensor, main_grad: torch.Tensor | None) -> torch.Tensor:
+    """Return where d weight is added up: main_grad if it is wide enough, else zeros."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if main_grad is not None and main_grad.dtype == dtype:
+        return main_grad
+    return torch.zeros_like(weight, dtype=dtype)
+
+
+def _add_product(total: torch.Tensor, d_logits: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add d_logits.T @ rows to the wider `total`, rounding nothing before the sum."""
+    if total.dtype == rows.dtype:
+        total.addmm_(d_logits.t(), rows)
+    elif rows.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.addmm(total, d_logits.t(), rows, out_dtype=total.dtype, out=total)
+    else:  # a CPU, or torch before 2.8, has no product of narrow matrices in fp32
+        total.addmm_(d_logits.t().to(total.dtype), rows.to(total.dtype))
+
+
+def _finished(
+    d_weight: torch.Tensor | None, weight: Any, main_grad: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return the gradient of the weight, or what stands for it once main_grad has it.
+
+    Megatron's hooks (megatron/core/distributed) run only if there is a gradient; they skip it where
+    `grad_added_to_main_grad` is set, unless `zero_out_wgrad` says that they add it.
+    """
+    if d_weight is None or main_grad is None:
+        return d_weight if d_weight is None else d_weight.to(weight.dtype)
+    if d_weight is not main_grad:
+        main_grad.add_(d_weight)
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    zeroed = getattr(weight, "zero_out_wgrad", False)
+    return torch.zeros_like(weight) if zeroed else torch.empty_like(weight)
+
+
+def _check_tensors(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, parts: int
+) -> None:
+    """Raise ValueError unless hidden [..., H], weight [V/tp, H] and targets [...] fit together."""
+    check_dtypes("hidden states", hidden, targets)
+    if hidden.dtype != weight.dtype or weight.dim() != 2 or hidden.shape[-1:] != weight.shape[1:]:
+        raise ValueError(
+            f"weight is {weight.dtype} {tuple(weight.shape)} and the hidden states {hidden.dtype} "
+            f"{tuple(hidden.shape)}; expected one dtype, [V/tp, H] and [..., H]"
+        )
+    tokens = list(hidden.shape[:-1])
+    tokens[:1] = [size * parts for size in tokens[:1]]
+    if list(targets.shape) != tokens:
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)}; expected {tuple(tokens)}: hidden "
+            f"states are {tuple(hidden.shape)} on each of {parts} ranks"
+        )
