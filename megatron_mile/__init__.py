@@ -1,13 +1,14 @@
 """megatron_mile: an entropy-weighted training objective for Megatron, exact at every layout.
 
-`token_loss` and `reduce_loss` need torch alone; `install`, `uninstall`, `attach` and
-`wrap_forward_step` put them into a Megatron job and import it when they are first used.
+`token_loss`, `linear_token_loss` and `reduce_loss` need torch alone; `install`, `uninstall`,
+`attach` and `wrap_forward_step` put them into a Megatron job and import it when first used.
 """
 
 from importlib import import_module
 from typing import Any
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.linear import linear_token_loss
 from megatron_mile.loss import TokenLoss, reduce_loss, token_loss
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "TokenLoss",
     "attach",
     "install",
+    "linear_token_loss",
     "reduce_loss",
     "token_loss",
     "uninstall",

@@ -50,6 +50,9 @@ def prepare(argv: list[str]) -> None:
         cpu.enable()
         reason = "--mile-cpu" if settings.mile_cpu else "--distributed-backend gloo, no GPU"
         notes = [("cpu mode", reason), ("flags added", " ".join(added) or "none")]
+        from megatron_mile.integration.hybrid_layers import use_local_layers
+
+        use_local_layers()
     from megatron_mile.integration.job import hook_job
 
     hook_job(settings, notes)

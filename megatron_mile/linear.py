@@ -69,8 +69,9 @@ def linear_token_loss(
         vocab_size: As in `token_loss`.
         sequence_parallel: Gather `hidden` over the group along its first dimension, in the forward
             and again in the backward, and scatter its gradient likewise.
-        gradient_accumulation_fusion: Add the weight's gradient to `weight.main_grad`, if it has one,
-            as Megatron's flag of that name does; `weight.grad` is then a placeholder for its hooks.
+        gradient_accumulation_fusion: Add the weight's gradient to `weight.main_grad`, where there
+            is one, as Megatron's flag of that name does; `weight.grad` is then a placeholder for
+            its hooks.
 
     Raises:
         ValueError: Shapes, dtypes, the vocabulary's range or size do not fit.
@@ -84,7 +85,7 @@ def linear_token_loss(
     setting = _Setting(config, end - start, tp_group, chunk_tokens, sequence_parallel)
     main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
     fields = _LinearLoss.apply(hidden, weight, local, valid, setting, main_grad)
-    return TokenLoss(*fields, valid=valid)
+    return TokenLoss._make([*fields, valid])
 
 
 class _LinearLoss(torch.autograd.Function):

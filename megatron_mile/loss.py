@@ -83,7 +83,7 @@ def token_loss(
     valid = valid_targets(targets, ignore_index)
     columns = end - start
     fields = _WeightedLoss.apply(logits, local, valid, columns, config, tp_group, inplace)
-    return TokenLoss(*fields, valid=valid)
+    return TokenLoss._make([*fields, valid])
 
 
 def reduce_loss(

@@ -10,10 +10,13 @@ from typing import Any, NoReturn
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration.errors import MileError
+from megatron_mile.linear import CHUNK_TOKENS
 from megatron_mile.objectives import OBJECTIVES
 
 Namespace = argparse.Namespace
 NO_OBJECTIVE = "none"
+MASK_FLAG = "--mile-mask-padded-vocab"
+FUSED_FLAG = "--mile-fused-linear"
 # What each objective is made of; other settings are free to change on resume.
 _DEFINED_BY = {
     "ce": (),
@@ -40,6 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             options["type"] = type(setting.default)
         options["help"] = f"{options['help']} (default {options['default']})"
         group.add_argument(_flag(setting.name), **options)
+    group.add_argument(
+        MASK_FLAG,
+        action="store_true",
+        help="leave Megatron's padding columns of the vocabulary out of the softmax in training, "
+        "so of nll and entropy, and give them no gradient; evaluation stays the host's, which "
+        "counts them (default False)",
+    )
+    group.add_argument(
+        FUSED_FLAG,
+        action="store_true",
+        help=f"compute output projection and loss in one, {CHUNK_TOKENS} tokens at a time, so that "
+        "the logits never exist as a whole in training; costs one matrix product more "
+        "(default False)",
+    )
     group.add_argument(
         "--mile-allow-change",
         action="store_true",
@@ -101,7 +118,7 @@ def _flag(setting: str) -> str:
 def _refuse_without_objective(argv: Sequence[str]) -> None:
     """Stop a job that sets up an objective without asking for one."""
     settings = {_flag(setting.name) for setting in dataclasses.fields(ObjectiveConfig)}
-    flags = {word.split("=", 1)[0] for word in given(argv)} & settings
+    flags = {word.split("=", 1)[0] for word in given(argv)} & {*settings, MASK_FLAG, FUSED_FLAG}
     if flags and _flag("objective") not in flags:
         raise MileError(
             f"{', '.join(sorted(flags))} without an objective; add --mile-objective mile (or ce, "
@@ -119,16 +136,22 @@ def objective_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _defining_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Read what must not change on resume."""
+    mask = stored.get("mile_mask_padded_vocab", False)
+    return {**objective_settings(stored), "mask_padded_vocab": mask}
+
+
 def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Name the settings in which a checkpoint's objective differs from this job's."""
-    before, now = objective_settings(stored), objective_settings(current)
+    before, now = _defining_settings(stored), _defining_settings(current)
     plain = {NO_OBJECTIVE: "ce"}
     kinds = [plain.get(values["objective"], values["objective"]) for values in (before, now)]
     if kinds[0] != kinds[1]:
         return [f"objective {before['objective']} -> {now['objective']}"]
     return [
         f"{name} {before[name]} -> {now[name]}"
-        for name in _DEFINED_BY.get(kinds[0], before)
+        for name in (*_DEFINED_BY.get(kinds[0], before), "mask_padded_vocab")
         if before[name] != now[name]
     ]
 

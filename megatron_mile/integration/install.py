@@ -19,6 +19,11 @@ from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration import versions
 from megatron_mile.integration.errors import MileCompatError, MileError
 from megatron_mile.integration.loss_func import Window, current_window, is_training, unwrap
+from megatron_mile.integration.output_layer import (
+    DeferredLogits,
+    fuse_output_layer,
+    restore_output_layers,
+)
 from megatron_mile.loss import TokenLoss, token_loss
 from megatron_mile.ops import dispatch
 from megatron_mile.parallel import ProcessGroup
@@ -51,13 +56,26 @@ def uninstall() -> None:
     for module in list(_attached):
         module.__dict__.pop(METHOD, None)
         _attached.discard(module)
+    restore_output_layers()
 
 
-def attach(model: Any, config: ObjectiveConfig) -> None:
-    """Patch one model instance, wrapped or not, or each chunk of a list; idempotent.
+def attach(
+    model: Any, config: ObjectiveConfig, vocab_size: int | None = None, fused_linear: bool = False
+) -> None:
+    """Patch one model instance, wrapped or not, or each chunk of a list; the last call holds.
+
+    Args:
+        model: Models, with or without DDP and precision wrappers.
+        config: The objective.
+        vocab_size: The tokenizer's size: columns from there on are padding, which training leaves
+            out of the softmax. None counts them, as Megatron does.
+        fused_linear: Compute output projection and loss in one, a block of tokens at a time
+            (`linear_token_loss`), so that the logits never exist as a whole in training.
 
     Raises:
-        MileError: A chunk on the last pipeline stage has no `compute_language_model_loss`.
+        MileCompatError: Megatron's output layer is not as expected (with `fused_linear`).
+        MileError: A chunk on the last pipeline stage has no `compute_language_model_loss`, or its
+            projection cannot be fused.
     """
     for chunk in model if isinstance(model, (list, tuple)) else [model]:
         module = unwrap(chunk)
@@ -68,8 +86,12 @@ def attach(model: Any, config: ObjectiveConfig) -> None:
             )
         host = getattr(type(module), METHOD)
         host = host.__wrapped__ if installed_config(host) is not None else host
-        module.__dict__[METHOD] = types.MethodType(_make_hook(host, config), module)
+        module.__dict__[METHOD] = types.MethodType(_make_hook(host, config, vocab_size), module)
         _attached.add(module)
+        if getattr(module, "post_process", True):
+            restore_output_layers(module)
+            if fused_linear:
+                fuse_output_layer(module, resolve(versions.OUTPUT_LAYER))
 
 
 def installed_config(function: Any) -> ObjectiveConfig | None:
@@ -147,11 +169,13 @@ def _warn_untested_version() -> None:
         )
 
 
-def _make_hook(host: Callable[..., torch.Tensor], config: ObjectiveConfig) -> Callable[..., Any]:
+def _make_hook(
+    host: Callable[..., torch.Tensor], config: ObjectiveConfig, vocab_size: int | None = None
+) -> Callable[..., Any]:
     """Build the method that replaces `host`."""
 
     def compute_language_model_loss(
-        self: Any, labels: torch.Tensor, logits: torch.Tensor
+        self: Any, labels: torch.Tensor, logits: torch.Tensor | DeferredLogits
     ) -> torch.Tensor:
         """Weighted loss per token, [b, s], of labels [b, s] and logits [s, b, V/tp]."""
         if not is_training(self):
@@ -167,8 +191,12 @@ def _make_hook(host: Callable[..., torch.Tensor], config: ObjectiveConfig) -> Ca
         if window.calls <= _mtp_heads(self):
             return host(self, labels, logits)
         group = tp_group_of(self)
-        _check_shard(self, labels, logits, group)
-        stats = token_loss(logits, labels.transpose(0, 1), config, group, inplace=True)
+        _check_shard(self, labels, tuple(logits.size()), group)
+        targets = labels.transpose(0, 1)
+        if isinstance(logits, DeferredLogits):
+            stats = logits.loss(targets, config, group, vocab_size)
+        else:
+            stats = token_loss(logits, targets, config, group, inplace=True, vocab_size=vocab_size)
         stats = TokenLoss(*(field.transpose(0, 1).contiguous() for field in stats))
         window.put(stats, config)
         return stats.loss
@@ -194,18 +222,18 @@ def tp_group_of(model: Any) -> ProcessGroup:
 
 
 def _check_shard(
-    model: Any, labels: torch.Tensor, logits: torch.Tensor, group: ProcessGroup
+    model: Any, labels: torch.Tensor, logits: tuple[int, ...], group: ProcessGroup
 ) -> None:
     """Raise unless logits are [s, b, V/tp] of labels [b, s] and the model's padded vocabulary."""
-    if logits.dim() != 3 or logits.shape[:2] != labels.shape[::-1]:
+    if len(logits) != 3 or logits[:2] != labels.shape[::-1]:
         raise MileError(
-            f"logits are {tuple(logits.shape)} and labels {tuple(labels.shape)}; expected "
-            "[s, b, V/tp] and [b, s]"
+            f"logits are {logits} and labels {tuple(labels.shape)}; expected [s, b, V/tp] and "
+            "[b, s]"
         )
     vocabulary = getattr(model, "vocab_size", None)
-    if vocabulary is not None and logits.size(-1) * group.size() != vocabulary:
+    if vocabulary is not None and logits[2] * group.size() != vocabulary:
         raise MileError(
-            f"a logits shard of {logits.size(-1)} columns on each of {group.size()} "
+            f"a logits shard of {logits[2]} columns on each of {group.size()} "
             f"tensor-parallel ranks does not make the padded vocabulary of {vocabulary}; build "
             "the model with parallel_output=True and a vocabulary padded to a multiple of TP"
         )

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import importlib
 import inspect
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,9 +20,11 @@ from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration import arguments, versions
 from megatron_mile.integration.arguments import Namespace
 from megatron_mile.integration.errors import MileError
-from megatron_mile.integration.install import METHOD, install, installed_config, resolve
-from megatron_mile.integration.loss_func import unwrap, wrap_forward_step
+from megatron_mile.integration.install import METHOD, attach, install, resolve
+from megatron_mile.integration.loss_func import wrap_forward_step
+from megatron_mile.integration.refusals import refuse_models, refuse_settings
 from megatron_mile.integration.telemetry import describe, start_block
+from megatron_mile.linear import CHUNK_TOKENS
 from megatron_mile.ops import dispatch
 
 
@@ -115,10 +116,20 @@ def _with_checks(
         built = host(*args, **kwargs)
         if config is not None:
             refuse_models(built[0])
+            _attach(built[0], config, get_args())
         print_rank_0(start_block([*_objective_lines(get_args(), config), *notes]))
         return built
 
     return setup_model_and_optimizer
+
+
+def _attach(chunks: Sequence[Any], config: ObjectiveConfig, args: Namespace) -> None:
+    """Set up what concerns the built models rather than their class."""
+    from megatron.training import get_tokenizer
+
+    vocab_size = get_tokenizer().vocab_size if args.mile_mask_padded_vocab else None
+    if vocab_size or args.mile_fused_linear:
+        attach(chunks, config, vocab_size, args.mile_fused_linear)
 
 
 def _objective_lines(args: Namespace, config: ObjectiveConfig | None) -> list[tuple[str, str]]:
@@ -129,10 +140,16 @@ def _objective_lines(args: Namespace, config: ObjectiveConfig | None) -> list[tu
         return [("objective", "none: the host's own loss")]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shard = args.padded_vocab_size // args.tensor_model_parallel_size
+    padding = "left out in training" if args.mile_mask_padded_vocab else "counted as by the host"
+    fused = f"with the loss, {CHUNK_TOKENS} tokens at a time in training"
     return [
         ("objective", describe(config)),
         ("backend", dispatch.select(config.backend, device)[1]),
-        ("vocabulary", f"{args.padded_vocab_size} padded, {shard} on each TP rank"),
+        ("projection", fused if args.mile_fused_linear else "the host's"),
+        (
+            "vocabulary",
+            f"{args.padded_vocab_size} padded, {shard} on each TP rank; padding {padding}",
+        ),
         ("evaluation", "plain cross-entropy by the host"),
         (
             "patched",
@@ -140,87 +157,6 @@ def _objective_lines(args: Namespace, config: ObjectiveConfig | None) -> list[tu
             "pretrain, setup_model_and_optimizer, check_checkpoint_args",
         ),
     ]
-
-
-def refuse_settings(args: Namespace, config: ObjectiveConfig | None) -> None:
-    """Stop a job whose settings the objective cannot serve exactly.
-
-    Raises:
-        MileError: With the flag and the reason.
-    """
-    refuse_unreadable_optimizer(args)
-    if config is None:
-        return
-    refuse_unequal_microbatches(args, config)
-    for name, reason in (
-        ("overlap_moe_expert_parallel_comm", "its schedule runs the loss outside forward_step"),
-        ("logits_load_dir", "distillation from cached logits replaces the loss"),
-        ("logits_save_dir", "logit saving replaces the loss"),
-        ("modelopt_enabled", "ModelOpt replaces model and loss"),
-    ):
-        if getattr(args, name, None):
-            raise MileError(f"{name} cannot be combined with --mile-objective: {reason}")
-
-
-def refuse_unreadable_optimizer(args: Namespace) -> None:
-    """Stop before a resume that megatron-core itself cannot do.
-
-    Without Transformer Engine and apex, `DistributedOptimizer.state_dict` (0.19.2,
-    core/optimizer/distrib_optimizer.py) asserts that the inner optimizer has taken a step, and one
-    that is about to be loaded has not.
-    """
-    from megatron.core.optimizer import distrib_optimizer
-
-    reads_optimizer = args.load and not (args.no_load_optim or args.finetune)
-    if not (args.use_distributed_optimizer and reads_optimizer):
-        return
-    found = os.path.isfile(os.path.join(args.load, "latest_checkpointed_iteration.txt"))
-    if found and not distrib_optimizer.HAVE_APEX_OR_TE:
-        raise MileError(
-            f"cannot resume from {args.load} with the distributed optimizer: megatron-core needs "
-            "Transformer Engine or apex to load its state; install one, or resume with "
-            "--no-load-optim, or train without --use-distributed-optimizer"
-        )
-
-
-def refuse_unequal_microbatches(args: Namespace, config: ObjectiveConfig) -> None:
-    """Stop where a per-micro-batch all-reduce of alpha would hang or count other tokens."""
-    if config.normalize not in ("global", "official"):
-        return
-    reason = None
-    if getattr(args, "hybrid_context_parallel", False):
-        reason = "--hybrid-context-parallel: ranks may run different numbers of micro-batches"
-    elif (getattr(args, "gtp_weight_remat_size", 1) or 1) > 1:
-        reason = "GTP weight rematerialisation: Megatron counts tokens over another group"
-    if reason:
-        raise MileError(
-            f"--mile-normalize {config.normalize} cannot be combined with {reason}; use "
-            "--mile-normalize local or none"
-        )
-
-
-def refuse_models(chunks: Sequence[Any]) -> None:
-    """Stop if the built model would train with another loss than the objective.
-
-    Raises:
-        MileError: A model on the last pipeline stage bypasses the hook, or has gathered logits.
-    """
-    for module in map(unwrap, chunks):
-        if not getattr(module, "post_process", True):
-            continue
-        name = type(module).__name__
-        hooked = installed_config(getattr(module, METHOD, None)) is not None
-        bases = {base.__name__ for base in type(module).__mro__}
-        if not hooked or bases & set(versions.UNSUPPORTED_MODELS):
-            raise MileError(
-                f"objective not applied: {name} does not take its loss from "
-                f"LanguageModule.{METHOD}; use a GPTModel or HybridModel, or --mile-objective none"
-            )
-        if module.pg_collection.tp.size() > 1 and not getattr(module, "parallel_output", True):
-            raise MileError(
-                f"{name} gathers its logits (parallel_output=False) at TP "
-                f"{module.pg_collection.tp.size()}; build it with parallel_output=True"
-            )
 
 
 def _with_objective_check(host: Callable[..., Any]) -> Callable[..., Any]:

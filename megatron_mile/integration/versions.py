@@ -28,6 +28,13 @@ MODELS = (
     ("megatron.core.models.gpt.gpt_model", "GPTModel"),
     ("megatron.core.models.hybrid.hybrid_model", "HybridModel"),
 )
+# What the fused projection stands in for.
+OUTPUT_LAYER = Symbol(
+    "megatron.core.tensor_parallel.layers",
+    "ColumnParallelLinear.forward",
+    ("self", "input_", "weight", "runtime_gather_output"),
+    exact=True,
+)
 PRETRAIN = Symbol("megatron.training.training", "pretrain", ("forward_step_func",))
 SETUP = Symbol("megatron.training.training", "setup_model_and_optimizer", ("model_type",))
 ADD_ARGUMENTS = Symbol("megatron.training.arguments", "add_megatron_arguments", ("parser",))

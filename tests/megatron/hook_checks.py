@@ -27,7 +27,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.models.gpt import GPTModel
 
 from megatron_mile import ObjectiveConfig, attach, install, uninstall, wrap_forward_step
-from megatron_mile.integration import job
+from megatron_mile.integration import refusals
 from megatron_mile.integration.errors import MileCompatError, MileError
 from megatron_mile.integration.install import METHOD, installed_config
 
@@ -129,16 +129,16 @@ def check_mask_is_the_one_that_the_host_counts() -> None:
 
 def check_refuse_settings_names_the_flag() -> None:
     calm = {"load": None, "use_distributed_optimizer": False}
-    job.refuse_settings(Namespace(**calm), MILE)
+    refusals.refuse_settings(Namespace(**calm), MILE)
     for name, flag in (
         ("logits_load_dir", "logits_load_dir"),
         ("modelopt_enabled", "modelopt_enabled"),
         ("hybrid_context_parallel", "--hybrid-context-parallel"),
     ):
-        raises(MileError, flag, job.refuse_settings, Namespace(**calm, **{name: True}), MILE)
+        raises(MileError, flag, refusals.refuse_settings, Namespace(**calm, **{name: True}), MILE)
     remat = Namespace(**calm, gtp_weight_remat_size=2)
-    raises(MileError, "--mile-normalize local", job.refuse_settings, remat, MILE)
-    job.refuse_settings(remat, ObjectiveConfig("mile", normalize="local"))
+    raises(MileError, "--mile-normalize local", refusals.refuse_settings, remat, MILE)
+    refusals.refuse_settings(remat, ObjectiveConfig("mile", normalize="local"))
 
 
 if __name__ == "__main__":

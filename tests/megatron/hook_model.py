@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
 from megatron_mile import ObjectiveConfig, uninstall
+from megatron_mile.integration.hybrid_layers import use_local_layers
 from megatron_mile.integration.install import METHOD
 
 MILE = ObjectiveConfig("mile", gamma=2.0)
@@ -36,21 +37,38 @@ Report = dict[str, torch.Tensor]
 Step = tuple[torch.Tensor, Callable[..., Any]]
 
 
-def build_model() -> GPTModel:
+def build_model(tied: bool = False, **settings: Any) -> GPTModel:
     """A training model with weights drawn wide, so that entropies differ between tokens."""
+    config = build_config(**settings)
+    spec = get_gpt_layer_local_spec()
+    return GPTModel(config, spec, V, S, share_embeddings_and_output_weights=tied).train()
+
+
+def build_hybrid() -> Any:
+    """The same as a HybridModel: one layer of attention, one MLP."""
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    use_local_layers()
+    config = build_config(num_layers=2)
+    return HybridModel(config, hybrid_stack_spec, V, S, hybrid_layer_pattern="*-").train()
+
+
+def build_config(**settings: Any) -> TransformerConfig:
+    """The models' settings, and the seed of their weights."""
     torch.manual_seed(1)
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=2,
-        init_method_std=0.3,
-        use_cpu_initialization=True,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-    )
-    return GPTModel(config, get_gpt_layer_local_spec(), V, S).train()
+    usual: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 2,
+        "init_method_std": 0.3,
+        "use_cpu_initialization": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+    }
+    return TransformerConfig(**{**usual, **settings})
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:

@@ -88,6 +88,33 @@ def test_training_recompute_repeats_without(runs: TrainingRuns) -> None:
         assert furthest(with_it[figure], without[figure]) <= SAME
 
 
+@pytest.mark.parametrize(("world_size", "layout"), [(1, TP1), (2, TP2)], ids=["tp1", "tp2"])
+def test_training_fused_linear_repeats_without(
+    runs: TrainingRuns, world_size: int, layout: str
+) -> None:
+    plain = runs.train(world_size, layout, MILE)
+    fused = runs.train(world_size, layout, MILE, "--mile-fused-linear")
+    assert "with the loss, 1024 tokens at a time" in fused.logs[0]
+    for figure in FIGURES:
+        assert furthest(fused[figure], plain[figure]) <= SAME
+
+
+def test_training_masked_padding_repeats_another_padding(runs: TrainingRuns) -> None:
+    # 250 tokens in 256 columns on one rank, and in 512 on two, from the same weights.
+    start = runs.train(1, TP1, MILE, save=True)
+    load = f"{MILE} --load {start.checkpoint} --finetune --mile-allow-change"
+    wide = TP2.replace("128", "256")
+    masked = "--mile-mask-padded-vocab"
+    one, two = runs.train(1, TP1, load, masked), runs.train(2, wide, load, masked)
+    fused = runs.train(2, wide, load, masked, "--mile-fused-linear")
+    assert "512 padded, 256 on each TP rank; padding left out in training" in two.logs[0]
+    for figure in FIGURES:
+        assert furthest(two[figure], one[figure]) <= SAME
+        assert furthest(fused[figure], one[figure]) <= SAME
+    counted = runs.train(2, wide, load)
+    assert furthest(counted["mile entropy"], one["mile entropy"]) > 100 * SAME
+
+
 def test_training_bf16_follows_fp32(runs: TrainingRuns) -> None:
     # Measured: 0.03 at most; bf16 rounds the weights to 3 digits.
     half, single = runs.train(2, TP1, MILE, "--bf16", save=True), runs.train(2, TP1, MILE)

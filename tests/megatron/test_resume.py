@@ -74,6 +74,7 @@ def test_resume_dp2_bf16_repeats_the_whole_run(runs: TrainingRuns) -> None:
     [
         ("--mile-gamma 2 --mile-backend torch", ["gamma 3.0 -> 2.0"]),
         ("--mile-objective focal --mile-sigma 0", ["objective mile -> focal"]),
+        ("--mile-mask-padded-vocab --mile-fused-linear", ["mask_padded_vocab False -> True"]),
     ],
 )
 def test_resume_refuses_another_objective(
@@ -86,6 +87,7 @@ def test_resume_refuses_another_objective(
     assert all(change in error for change in changes)
     assert "--mile-allow-change" in error
     assert "backend" not in error
+    assert "fused" not in error
     assert "Traceback" not in "".join(run.logs)
     assert not run.scalars
 

@@ -69,6 +69,37 @@ def _shard(case: tuple[Any, ...], group: dist.ProcessGroup | None) -> tuple[torc
     return (*(field.detach() for field in out), grad)
 
 
+# Padded on one rank, and on four, where one shard has some padding and one has nothing else.
+PADDED = {1: [0, 64], 4: [0, 20, 40, 60, 80]}
+WORDS = {1: 60, 4: 50}
+
+
+def _padded(size: int, inplace: bool) -> None:
+    """Compare this rank's fields and gradient with the oracle of the real columns alone."""
+    words = WORDS[size]
+    start, end = PADDED[size][dist.get_rank() :][:2]
+    for dtype, tolerance in TOLERANCE.items():
+        for config in (CONFIGS["mile"], CONFIGS["through entropy"]):
+            logits, targets = hard_rows(words, dtype)
+            padding = torch.full((12, PADDED[size][-1] - words), torch.nan, dtype=dtype)
+            shard = torch.cat([logits, padding], -1)[:, start:end].clone().requires_grad_()
+            out = token_loss(
+                shard * 1, targets, config, dist.group.WORLD, inplace=inplace, vocab_size=words
+            )
+            (grad,) = torch.autograd.grad(out.loss, shard, torch.ones_like(out.loss))
+            truth = truth_of(logits, targets, config)
+            pad = truth.grad.new_zeros(padding.shape)
+            whole = truth._replace(grad=torch.cat([truth.grad, pad], -1)[:, start:end])
+            assert_close((*out[:4], grad), whole, tolerance)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("size", PADDED)
+def test_token_loss_leaves_padding_out(size: int, inplace: bool) -> None:
+    # NaN in the padding: it is not read. A target in the padding is outside the vocabulary.
+    run_ranks(size, _padded, size, inplace)
+
+
 def _collectives(group: dist.ProcessGroup | None) -> tuple[dict[str, int], int]:
     """Return how often which collective ran in a forward, and their number in its backward."""
     shard = torch.randn(3, 8, requires_grad=True)

@@ -11,6 +11,7 @@ NAMES = [
     "TokenLoss",
     "attach",
     "install",
+    "linear_token_loss",
     "reduce_loss",
     "token_loss",
     "uninstall",

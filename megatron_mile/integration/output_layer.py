@@ -1,0 +1,127 @@
+"""The output layer of a built model, swapped for one that leaves the projection to the loss.
+
+Between output layer and loss Megatron's models only hand the logits on. In a training step the
+swapped layer gives them a `DeferredLogits` instead, and the hook computes projection and loss in
+one. Evaluation and inference run the layer's own forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from megatron_mile.config import ObjectiveConfig
+from megatron_mile.integration.arguments import FUSED_FLAG as FLAG
+from megatron_mile.integration.errors import MileError
+from megatron_mile.integration.loss_func import current_window, is_training
+from megatron_mile.linear import linear_token_loss
+from megatron_mile.loss import TokenLoss
+from megatron_mile.parallel import ProcessGroup
+
+_fused: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class DeferredLogits:
+    """Stands for logits [s, b, V/tp] that nobody has computed."""
+
+    def __init__(self, layer: Any, hidden: torch.Tensor, weight: torch.Tensor) -> None:
+        self.layer, self.hidden, self.weight = layer, hidden, weight
+
+    def size(self) -> tuple[int, ...]:
+        """The shape that the logits would have."""
+        parts = self.layer.tp_group.size() if self.layer.sequence_parallel else 1
+        s, b, _ = self.hidden.shape
+        return s * parts, b, self.weight.size(0)
+
+    def loss(
+        self,
+        targets: torch.Tensor,
+        config: ObjectiveConfig,
+        group: ProcessGroup,
+        vocab_size: int | None,
+    ) -> TokenLoss:
+        """What `token_loss` would return, fields [s, b]."""
+        return linear_token_loss(
+            self.hidden,
+            self.weight,
+            targets,
+            config,
+            group,
+            vocab_size=vocab_size,
+            sequence_parallel=self.layer.sequence_parallel,
+            gradient_accumulation_fusion=self.layer.gradient_accumulation_fusion,
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise MileError(
+            f"a training step read .{name} of its logits, which {FLAG} never forms; train without "
+            f"{FLAG}, or without reading the logits"
+        )
+
+
+def fuse_output_layer(model: Any, host: Callable[..., Any]) -> None:
+    """Swap the output layer of a language model.
+
+    Args:
+        model: Unwrapped, on the last pipeline stage.
+        host: `ColumnParallelLinear.forward`, checked.
+
+    Raises:
+        MileError: Something lies between projection and loss, or the layer is of another kind.
+    """
+    reason = _obstacle(model)
+    if reason:
+        raise MileError(f"{FLAG} cannot be combined with {reason}; train without {FLAG}")
+    model.output_layer.forward = functools.partial(_forward, host, model.output_layer)
+    _fused.add(model.output_layer)
+
+
+def restore_output_layers(model: Any = None) -> None:
+    """Undo `fuse_output_layer` of one model, or of all."""
+    for layer in list(_fused):
+        if model is None or layer is model.output_layer:
+            del layer.forward
+            _fused.discard(layer)
+
+
+def _forward(
+    host: Callable[..., Any],
+    layer: Any,
+    input_: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    runtime_gather_output: bool | None = None,
+) -> tuple[Any, torch.Tensor | None]:
+    """Stand in for the layer's forward (megatron/core/tensor_parallel/layers.py)."""
+    if current_window() is None or not is_training(layer) or runtime_gather_output:
+        return host(layer, input_, weight, runtime_gather_output)
+    return DeferredLogits(layer, input_, layer.weight if weight is None else weight), None
+
+
+def _obstacle(model: Any) -> str:
+    """Return why the projection of this model cannot be left to the loss, "" if it can."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    layer, config = model.output_layer, model.config
+    if type(layer) is not ColumnParallelLinear:
+        kind = f"{type(layer).__module__}.{type(layer).__name__}"
+        return f"an output layer of class {kind} (expected ColumnParallelLinear itself)"
+    obstacles = {
+        "muP, which scales the logits": getattr(config, "use_mup", False),
+        "a bias in the output layer": layer.bias is not None,
+        "multi-token prediction, which reads logits of its own": config.mtp_num_layers,
+        "gathered logits (parallel_output=False)": layer.gather_output
+        and layer.tp_group.size() > 1,
+        "--config-logger-dir, which writes the logits": getattr(config, "config_logger_dir", ""),
+        "--defer-embedding-wgrad-compute, which computes this layer's weight gradient later": (
+            config.defer_embedding_wgrad_compute
+        ),
+        "GTP weight rematerialisation": getattr(layer, "gtp_remat_size", 1) > 1,
+        "Megatron-FSDP, which owns the weight's gradient": any(
+            hasattr(weight, "__fsdp_param__") for weight in model.parameters()
+        ),
+    }
+    return next((name for name, found in obstacles.items() if found), "")

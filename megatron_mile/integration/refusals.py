@@ -1,0 +1,95 @@
+"""Jobs that the objective cannot serve exactly, stopped at their start with the reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_mile.config import ObjectiveConfig
+from megatron_mile.integration import versions
+from megatron_mile.integration.arguments import Namespace
+from megatron_mile.integration.errors import MileError
+from megatron_mile.integration.install import METHOD, installed_config
+from megatron_mile.integration.loss_func import unwrap
+
+
+def refuse_settings(args: Namespace, config: ObjectiveConfig | None) -> None:
+    """Stop a job whose settings the objective cannot serve exactly.
+
+    Raises:
+        MileError: With the flag and the reason.
+    """
+    refuse_unreadable_optimizer(args)
+    if config is None:
+        return
+    refuse_unequal_microbatches(args, config)
+    for name, reason in (
+        ("overlap_moe_expert_parallel_comm", "its schedule runs the loss outside forward_step"),
+        ("logits_load_dir", "distillation from cached logits replaces the loss"),
+        ("logits_save_dir", "logit saving replaces the loss"),
+        ("modelopt_enabled", "ModelOpt replaces model and loss"),
+    ):
+        if getattr(args, name, None):
+            raise MileError(f"{name} cannot be combined with --mile-objective: {reason}")
+
+
+def refuse_unreadable_optimizer(args: Namespace) -> None:
+    """Stop before a resume that megatron-core itself cannot do.
+
+    Without Transformer Engine and apex, `DistributedOptimizer.state_dict` (0.19.2,
+    core/optimizer/distrib_optimizer.py) asserts that the inner optimizer has taken a step, and one
+    that is about to be loaded has not.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    reads_optimizer = args.load and not (args.no_load_optim or args.finetune)
+    if not (args.use_distributed_optimizer and reads_optimizer):
+        return
+    found = os.path.isfile(os.path.join(args.load, "latest_checkpointed_iteration.txt"))
+    if found and not distrib_optimizer.HAVE_APEX_OR_TE:
+        raise MileError(
+            f"cannot resume from {args.load} with the distributed optimizer: megatron-core needs "
+            "Transformer Engine or apex to load its state; install one, or resume with "
+            "--no-load-optim, or train without --use-distributed-optimizer"
+        )
+
+
+def refuse_unequal_microbatches(args: Namespace, config: ObjectiveConfig) -> None:
+    """Stop where a per-micro-batch all-reduce of alpha would hang or count other tokens."""
+    if config.normalize not in ("global", "official"):
+        return
+    reason = None
+    if getattr(args, "hybrid_context_parallel", False):
+        reason = "--hybrid-context-parallel: ranks may run different numbers of micro-batches"
+    elif (getattr(args, "gtp_weight_remat_size", 1) or 1) > 1:
+        reason = "GTP weight rematerialisation: Megatron counts tokens over another group"
+    if reason:
+        raise MileError(
+            f"--mile-normalize {config.normalize} cannot be combined with {reason}; use "
+            "--mile-normalize local or none"
+        )
+
+
+def refuse_models(chunks: Sequence[Any]) -> None:
+    """Stop if the built model would train with another loss than the objective.
+
+    Raises:
+        MileError: A model on the last pipeline stage bypasses the hook, or has gathered logits.
+    """
+    for module in map(unwrap, chunks):
+        if not getattr(module, "post_process", True):
+            continue
+        name = type(module).__name__
+        hooked = installed_config(getattr(module, METHOD, None)) is not None
+        bases = {base.__name__ for base in type(module).__mro__}
+        if not hooked or bases & set(versions.UNSUPPORTED_MODELS):
+            raise MileError(
+                f"objective not applied: {name} does not take its loss from "
+                f"LanguageModule.{METHOD}; use a GPTModel or HybridModel, or --mile-objective none"
+            )
+        if module.pg_collection.tp.size() > 1 and not getattr(module, "parallel_output", True):
+            raise MileError(
+                f"{name} gathers its logits (parallel_output=False) at TP "
+                f"{module.pg_collection.tp.size()}; build it with parallel_output=True"
+            )
