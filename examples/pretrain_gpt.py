@@ -6,6 +6,9 @@ flag of Megatron, and the --mile flags:
     torchrun --nproc-per-node 2 examples/pretrain_gpt.py --mile-objective mile \
         --tensor-model-parallel-size 2 --mock-data ... [--mile-cpu]
     python examples/pretrain_gpt.py --help
+
+With --hybrid-layer-pattern, such as "*-*-" for two layers of attention and two MLPs, the model is
+Megatron's HybridModel instead of its GPTModel.
 """
 
 from __future__ import annotations
@@ -48,7 +51,11 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_timers, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
@@ -217,7 +224,8 @@ def main() -> None:
         if getattr(args, name):
             flag = "--" + name.replace("_", "-")
             raise MileError(f"{flag} is not for this script; use Megatron-LM's own pretrain_gpt.py")
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    model_config = hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args
+    config = pretrain_cfg_container_from_args(args, model_config(args))
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
 
 
