@@ -44,14 +44,14 @@ def build_model(tied: bool = False, **settings: Any) -> GPTModel:
     return GPTModel(config, spec, V, S, share_embeddings_and_output_weights=tied).train()
 
 
-def build_hybrid() -> Any:
-    """The same as a HybridModel: one layer of attention, one MLP."""
+def build_hybrid(pattern: str = "*-", **settings: Any) -> Any:
+    """The same as a HybridModel, of attention (*) and MLPs (-)."""
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
     use_local_layers()
-    config = build_config(num_layers=2)
-    return HybridModel(config, hybrid_stack_spec, V, S, hybrid_layer_pattern="*-").train()
+    config = build_config(num_layers=len(pattern), **settings)
+    return HybridModel(config, hybrid_stack_spec, V, S, hybrid_layer_pattern=pattern).train()
 
 
 def build_config(**settings: Any) -> TransformerConfig:

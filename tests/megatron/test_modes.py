@@ -66,10 +66,12 @@ def test_training_cp2_repeats_cp1_with_unequal_masks(runs: TrainingRuns) -> None
         f"--global-batch-size 8 {MLPS}"
     )
     masked = MILE.replace("--mock-data", data)
-    one, two = (
-        runs.train(size, TP1, masked, f"--context-parallel-size {size}") for size in (1, 2)
-    )
+    one, two = (runs.train(size, TP1, masked, f"--context-parallel-size {size}") for size in (1, 2))
     assert_same(two, one)
+
+
+def test_loss_of_split_sequences_matches_float64(runs: TrainingRuns) -> None:
+    runs.train(2, script=HERE / "split_sequence.py")
 
 
 def test_training_virtual_pipeline_repeats_the_plain_schedule(runs: TrainingRuns) -> None:
