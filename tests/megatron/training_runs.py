@@ -176,10 +176,11 @@ def torchrun(world_size: int, *arguments: object) -> subprocess.CompletedProcess
 
 
 def environment() -> dict[str, str]:
-    """One thread a rank, and gloo on the loopback interface."""
+    """One thread a rank, gloo on the loopback interface, and the commands of this Python."""
     names = [name for _, name in socket.if_nameindex()]
     loopback = next(name for name in names if name.startswith("lo"))
-    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback, "PATH": path}
 
 
 def mile_errors(text: str) -> set[str]:
