@@ -24,11 +24,10 @@ if __name__ == "__main__":
     # A clone that is not installed is found too; CPU mode must come before any import of megatron.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from megatron_mile.integration.cpu import WITHOUT_APEX, WITHOUT_TE, missing_flags
-    from megatron_mile.launch import one_line_errors, prepare
+    from megatron_mile.launch import one_line_errors, prepare_script
 
+    prepare_script()
     arguments = sys.argv[1:]
-    with one_line_errors():
-        prepare(arguments)
     if not any(word.startswith("--transformer-impl") for word in arguments) and (
         importlib.util.find_spec("transformer_engine") is None
     ):

@@ -58,6 +58,17 @@ def prepare(argv: list[str]) -> None:
     hook_job(settings, notes)
 
 
+def prepare_script() -> None:
+    """Do what the launcher does, for the running script: its first line that concerns Megatron.
+
+    `prepare` on the process's own command line; an error of ours ends the process with one line.
+    """
+    arguments = sys.argv[1:]
+    with one_line_errors():
+        prepare(arguments)
+    sys.argv[1:] = arguments
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the process with one line on stderr instead of a traceback for errors of ours."""
@@ -85,9 +96,7 @@ def main(argv: Sequence[str]) -> None:
     # As `python script` does: its folder is where its imports start.
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     with one_line_errors():
-        arguments = sys.argv[1:]
-        prepare(arguments)
-        sys.argv[1:] = arguments
+        prepare_script()
         runpy.run_path(script, run_name="__main__")
 
 
