@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-.PHONY: help setup quickstart test lint bench
+.PHONY: help setup quickstart test test-compat lint bench
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup                     find a Python >= 3.12, install into $(VENV) (about 6 GB)"
 	@echo "make quickstart [ARGS=...]     train, evaluate and compare small models (ARGS=--help)"
 	@echo "make test                      run the tests"
+	@echo "make test-compat [ARGS=...]    test every supported megatron-core (ARGS=0.16.1 for one)"
 	@echo "make lint                      check style and types"
 	@echo "make bench [ARGS=...]          time the loss beside Megatron's and others (ARGS=--help)"
 
@@ -29,6 +30,9 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-compat: setup
+	@$(BIN)/python tests/megatron/run_every_version.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What is installed, what would run, and what would be patched.
+"""What is installed, what would run, and what of Megatron would be patched or called.
 
 Usage:
     python -m megatron_mile          exit code 1 if the installed Megatron does not fit
@@ -40,18 +40,12 @@ def _version(distribution: str, module: str | None = None) -> str:
 
 
 def check_host() -> list[tuple[str, str]]:
-    """(symbol, "ok" or what is wrong) for each symbol of Megatron that a job would patch."""
+    """(symbol, "ok" or what is wrong) for each symbol of Megatron that a job patches or calls."""
     from megatron_mile.integration import install, versions
     from megatron_mile.integration.errors import MileCompatError
 
     rows = []
-    for symbol in (
-        versions.LOSS_METHOD,
-        versions.PRETRAIN,
-        versions.SETUP,
-        versions.ADD_ARGUMENTS,
-        versions.CHECK_CHECKPOINT,
-    ):
+    for symbol in (*versions.CORE, *versions.TRAINING):
         try:
             install.resolve(symbol)
             state = "ok"
@@ -62,15 +56,15 @@ def check_host() -> list[tuple[str, str]]:
 
 
 def main() -> int:
-    """Print the report; return 0 if everything that would be patched is as expected."""
+    """Print the report; return 0 if all of Megatron that is needed is as expected."""
     argparse.ArgumentParser(
         prog="python -m megatron_mile",
-        description="Report the environment and what a job would patch.",
+        description="Report the environment and what a job would patch or call.",
     ).parse_args()
     warnings.simplefilter("ignore")  # Megatron's own notices about missing GPU packages
     for name, state in environment():
         print(f"{name:20} {state}")
-    print("\nwould be patched:")
+    print("\nwould be patched or called:")
     host = check_host()
     for name, state in host:
         print(f"  {name}  {state}")

@@ -77,7 +77,9 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except MileError as error:
-        print(f"megatron_mile: error: {error}", file=sys.stderr, flush=True)
+        # In one write: other ranks and torchrun write to the same place.
+        sys.stderr.write(f"megatron_mile: error: {error}\n")
+        sys.stderr.flush()
         # Other ranks wait in a collective: leave without the interpreter's orderly shutdown.
         sys.stdout.flush()
         os._exit(1)

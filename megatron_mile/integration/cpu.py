@@ -16,6 +16,7 @@ here is an emulation of speed or memory: it is for tests, demonstrations and deb
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 from collections import defaultdict
@@ -26,7 +27,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_mile.integration import versions
 from megatron_mile.integration.errors import MileError
+from megatron_mile.integration.job import replace
 
 CPU = torch.device("cpu")
 Flags = tuple[tuple[str, ...], ...]
@@ -104,8 +107,10 @@ def enable() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron requires it for TP > 1
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # fused helpers run as the plain functions they wrap
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0")  # 0.15 compiles when it is imported
     _replace_cuda_functions(torch.Generator())
-    _patch_megatron()
+    if importlib.util.find_spec("megatron.training"):  # not in wheels before 0.17
+        replace(versions.INITIALIZE, _without_cuda)
     _DeviceToCpu().__enter__()
     _enabled = True
 
@@ -228,20 +233,16 @@ def _replace_cuda_functions(generator: torch.Generator) -> None:
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
 
 
-def _patch_megatron() -> None:
+def _without_cuda(host: Callable[..., Any]) -> Callable[..., Any]:
     """Pass over Megatron's own assertion that CUDA is there."""
-    from megatron.training import initialize, training
 
-    host_initialize = initialize.initialize_megatron
-
-    def initialize_without_cuda(*args: Any, **kwargs: Any) -> Any:
+    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
         # Megatron builds its process groups only where it counts a device.
         device_count = torch.cuda.device_count
         torch.cuda.device_count = lambda: 1
         try:
-            return host_initialize(*args, **{**kwargs, "allow_no_cuda": True})
+            return host(*args, **{**kwargs, "allow_no_cuda": True})
         finally:
             torch.cuda.device_count = device_count
 
-    initialize.initialize_megatron = initialize_without_cuda
-    training.initialize_megatron = initialize_without_cuda
+    return initialize_megatron

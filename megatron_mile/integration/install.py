@@ -18,7 +18,8 @@ import torch
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration import versions
 from megatron_mile.integration.errors import MileCompatError, MileError
-from megatron_mile.integration.loss_func import Window, current_window, is_training, unwrap
+from megatron_mile.integration.loss_func import Window, current_window, is_training
+from megatron_mile.integration.models import tp_group, unwrap
 from megatron_mile.integration.output_layer import (
     DeferredLogits,
     fuse_output_layer,
@@ -105,10 +106,13 @@ def loss_owner() -> type:
     Raises:
         MileCompatError: Megatron is missing, or differs from what versions.py expects.
     """
-    _warn_untested_version()
-    resolve(versions.LOSS_METHOD)
+    release = _release()
+    for symbol in versions.CORE:
+        resolve(symbol)
     owner = getattr(importlib.import_module(versions.LOSS_METHOD.module), "LanguageModule")  # noqa: B009
-    for module_name, class_name in versions.MODELS:
+    for module_name, class_name, since in versions.MODELS:
+        if release < since:
+            continue
         model = getattr(_import(module_name), class_name, None)
         if model is None or METHOD in model.__dict__:
             raise _drift(f"{module_name}.{class_name} without a {METHOD} of its own", model)
@@ -140,9 +144,13 @@ def _import(name: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing.startswith(("megatron.core.", "megatron.training.")):
+            raise _drift(f"a module {name}", str(error)) from error
         raise MileCompatError(
             f"cannot import {name}: {error}; install Megatron with "
             "`pip install '.[train]'` in a clone of megatron_mile, or run where Megatron-LM is"
+            " (wheels of megatron-core before 0.17 have no megatron.training)"
         ) from error
 
 
@@ -156,17 +164,20 @@ def _drift(expected: str, found: Any) -> MileCompatError:
     )
 
 
-def _warn_untested_version() -> None:
+def _release() -> tuple[int, ...]:
+    """(major, minor) of the installed Megatron, with a warning where it is outside the window."""
     from packaging.version import Version
 
     found = _import("megatron.core").__version__
+    release = Version(found).release[:2]
     first, last = versions.WINDOW
-    if not first <= Version(found).release[:2] <= last:
+    if not first <= release <= last:
         warnings.warn(
             f"megatron_mile was tested with megatron-core {', '.join(versions.TESTED)}, not "
             f"{found}; signatures are checked, numbers are not",
             stacklevel=4,
         )
+    return release
 
 
 def _make_hook(
@@ -190,7 +201,7 @@ def _make_hook(
         window.calls += 1
         if window.calls <= _mtp_heads(self):
             return host(self, labels, logits)
-        group = tp_group_of(self)
+        group = tp_group(self)
         _check_shard(self, labels, tuple(logits.size()), group)
         targets = labels.transpose(0, 1)
         if isinstance(logits, DeferredLogits):
@@ -214,11 +225,6 @@ def _mtp_heads(model: Any) -> int:
     """
     here = getattr(model, "mtp_process", False) or type(model).__name__ == "GPTModel"
     return (model.config.mtp_num_layers or 0) if here else 0
-
-
-def tp_group_of(model: Any) -> ProcessGroup:
-    """The tensor-parallel group that shares the model's vocabulary."""
-    return model.pg_collection.tp
 
 
 def _check_shard(

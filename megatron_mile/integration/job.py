@@ -40,20 +40,20 @@ def hook_job(settings: Namespace, notes: Sequence[tuple[str, str]]) -> None:
     """
     config = arguments.config_from_namespace(settings)
     skip_helper_build()
-    _replace(versions.ADD_ARGUMENTS, _with_arguments)
-    _replace(versions.SETUP, functools.partial(_with_checks, config, list(notes)))
+    replace(versions.ADD_ARGUMENTS, _with_arguments)
+    replace(versions.SETUP, functools.partial(_with_checks, config, list(notes)))
     watch_resume()
     if config is not None:
         try:
             install(config)
         except ValueError as error:
             raise MileError(f"--mile flags: {error}") from error
-        _replace(versions.PRETRAIN, functools.partial(_with_forward_step, config))
+        replace(versions.PRETRAIN, functools.partial(_with_forward_step, config))
 
 
 def watch_resume() -> None:
     """Compare the objective of a checkpoint with the job's when one is loaded."""
-    _replace(versions.CHECK_CHECKPOINT, _with_objective_check)
+    replace(versions.CHECK_CHECKPOINT, _with_objective_check)
 
 
 def skip_helper_build() -> None:
@@ -67,10 +67,11 @@ def skip_helper_build() -> None:
     with contextlib.suppress(ImportError):
         import megatron.core.datasets.helpers_cpp  # noqa: F401
 
+        resolve(versions.COMPILE_HELPERS)
         utils.compile_helpers = lambda: None
 
 
-def _replace(symbol: versions.Symbol, wrapper: Callable[[Any], Any]) -> None:
+def replace(symbol: versions.Symbol, wrapper: Callable[[Any], Any]) -> None:
     """Wrap a function of Megatron wherever `megatron.training` has bound it."""
     host = resolve(symbol)
     if getattr(host, "__megatron_mile_job__", False):

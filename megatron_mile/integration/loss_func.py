@@ -16,7 +16,8 @@ import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration.errors import MileError
-from megatron_mile.integration.telemetry import LM_LOSS, report_with_objective
+from megatron_mile.integration.models import data_group, unwrap
+from megatron_mile.integration.telemetry import LM_LOSS, report_with_objective, token_count
 from megatron_mile.loss import TokenLoss
 from megatron_mile.parallel import ProcessGroup
 from megatron_mile.parallel.tokens import normaliser
@@ -145,25 +146,22 @@ class _Reduction:
             return loss_func(output_tensor, *args, **kwargs)
         stats = window.take(model, self.config)
         mask = _loss_mask(loss_func, stats)
-        group = None
-        if self.config.normalize in ("global", "official"):
-            group = data_group(model, self.config.normalize)
+        group = _alpha_group(model, self.config.normalize)
         alpha = normaliser(stats.weight, mask * stats.valid, self.config.normalize, group)
         # A masked token may hold a label that nobody owns: its NaN must not reach the sum.
         objective = torch.where(mask != 0, alpha * output_tensor, 0)
         *results, report = loss_func(objective, *args, **kwargs)
+        full_report = report_with_objective(report, stats, objective.detach(), mask, model)
         if not self.checked:
-            _check_count(report, mask)
+            _check_count(token_count(full_report[LM_LOSS]), token_count(report.get(LM_LOSS)))
             self.checked = True
-        return (*results, report_with_objective(report, stats, objective.detach(), mask))
+        return (*results, full_report)
 
 
-def _check_count(report: dict[str, Any], mask: torch.Tensor) -> None:
+def _check_count(ours: float | None, theirs: float | None) -> None:
     """Compare our mask with the number of tokens that the host counted, once, in the first step."""
-    host = report.get(LM_LOSS)
-    if not isinstance(host, torch.Tensor) or host.numel() != 2:
+    if ours is None or theirs is None:
         return
-    ours, theirs = float(mask.double().sum()), float(host.view(-1)[1])
     if abs(ours - theirs) > 1:  # the host rounds a fractional mask
         raise MileError(
             f"the loss mask of {ours:g} tokens that was found is not the one of {theirs:g} tokens "
@@ -177,40 +175,20 @@ def is_training(model: Any) -> bool:
     return bool(model.training) and torch.is_grad_enabled()
 
 
-def unwrap(model: Any) -> Any:
-    """The model inside DDP and precision wrappers."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model
-
-
-def data_group(model: Any, normalize: str) -> ProcessGroup | None:
-    """The DP x CP group over which Megatron averages the losses of this model.
+def _alpha_group(model: Any, normalize: str) -> ProcessGroup | None:
+    """The ranks over which alpha is formed; None for this rank alone.
 
     Raises:
-        MileError: There are other ranks, but no such group; or they run other micro-batches.
+        MileError: There is no such group, or its ranks run other micro-batches.
     """
-    from megatron.core import parallel_state
-
-    module = unwrap(model)
-    if getattr(module.config, "hybrid_context_parallel", False):
+    if normalize not in ("global", "official"):
+        return None
+    if getattr(unwrap(model).config, "hybrid_context_parallel", False):
         raise MileError(
             f"normalize {normalize} cannot be combined with hybrid context parallel: ranks may run "
             "different numbers of micro-batches; use local or none"
         )
-    group = getattr(getattr(module, "pg_collection", None), "dp_cp", None)
-    if group is None and parallel_state.model_parallel_is_initialized():
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    if (
-        group is None
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        raise MileError(
-            f"normalize {normalize} needs the data-parallel group, and neither the model's "
-            "pg_collection.dp_cp nor parallel_state has one; set it up, or use local or none"
-        )
-    return group
+    return data_group(model)
 
 
 def _loss_mask(loss_func: Any, stats: TokenLoss) -> torch.Tensor:

@@ -11,7 +11,7 @@ from megatron_mile.integration import versions
 from megatron_mile.integration.arguments import Namespace
 from megatron_mile.integration.errors import MileError
 from megatron_mile.integration.install import METHOD, installed_config
-from megatron_mile.integration.loss_func import unwrap
+from megatron_mile.integration.models import tp_group, unwrap
 
 
 def refuse_settings(args: Namespace, config: ObjectiveConfig | None) -> None:
@@ -88,8 +88,9 @@ def refuse_models(chunks: Sequence[Any]) -> None:
                 f"objective not applied: {name} does not take its loss from "
                 f"LanguageModule.{METHOD}; use a GPTModel or HybridModel, or --mile-objective none"
             )
-        if module.pg_collection.tp.size() > 1 and not getattr(module, "parallel_output", True):
+        tp_size = tp_group(module).size()
+        if tp_size > 1 and not getattr(module, "parallel_output", True):
             raise MileError(
-                f"{name} gathers its logits (parallel_output=False) at TP "
-                f"{module.pg_collection.tp.size()}; build it with parallel_output=True"
+                f"{name} gathers its logits (parallel_output=False) at TP {tp_size}; build it with "
+                "parallel_output=True"
             )

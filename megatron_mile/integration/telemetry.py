@@ -8,46 +8,64 @@ from typing import Any
 import torch
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.integration.models import data_group
 from megatron_mile.loss import TokenLoss
-from megatron_mile.parallel.tokens import masked
+from megatron_mile.parallel.tokens import masked, sum_over_ranks
 
 LM_LOSS = "lm loss"
+OWN_FIGURES = ("mile loss", "mile entropy", "mile weight")
 
 
 def report_with_objective(
-    report: dict[str, Any], stats: TokenLoss, objective: torch.Tensor, mask: torch.Tensor
+    report: dict[str, Any],
+    stats: TokenLoss,
+    objective: torch.Tensor,
+    mask: torch.Tensor,
+    model: Any,
 ) -> dict[str, Any]:
     """Make "lm loss" plain cross-entropy again and add the objective's own figures.
 
-    Megatron sums each [sum, count] over micro-batches and ranks and prints the quotient; none of
-    ours can be negative, because its log leaves negative values out.
+    All are in the form in which the host reports, and which its training loop therefore reads:
+    [sum, count] of this rank (from 0.13), the pair (sum, count) of all DP x CP ranks (0.12), or a
+    mean. None of ours can be negative, because Megatron's log leaves negative values out.
 
     Args:
         report: What the host's loss function reported of the objective.
         stats: Statistics of this micro-batch, fields [b, s].
         objective: Loss per token that is differentiated, [b, s].
         mask: Loss mask [b, s].
+        model: The model that was run, wrapped or not.
 
     Returns:
-        The report with "lm loss" in the form the host gave it ([sum, count], or a mean), followed
-        by "mile loss" (what is differentiated), "mile entropy" (nats) and "mile weight".
+        The report with its "lm loss" replaced, followed by "mile loss" (what is differentiated),
+        "mile entropy" (nats) and "mile weight".
     """
-    count = mask.double().sum()
+    figures = (stats.nll, objective, stats.entropy, stats.weight)
+    sums = torch.stack([*(masked(values, mask).sum() for values in figures), mask.double().sum()])
+    host = report.get(LM_LOSS, next(iter(report.values()), None))
+    if isinstance(host, (tuple, list)):
+        sums = sum_over_ranks(sums, data_group(model))
+    *totals, count = sums.float()
+    plain, *ours = (_in_form_of(host, total, count) for total in totals)
+    others = {key: value for key, value in report.items() if key != LM_LOSS}
+    return {LM_LOSS: plain, **others, **dict(zip(OWN_FIGURES, ours, strict=True))}
 
-    def pair(values: torch.Tensor) -> torch.Tensor:
-        return torch.stack([masked(values, mask).sum(), count]).float()
 
-    plain = pair(stats.nll)
-    host = report.get(LM_LOSS)
+def _in_form_of(host: Any, total: torch.Tensor, count: torch.Tensor) -> Any:
+    if isinstance(host, (tuple, list)):
+        return total, count
     if isinstance(host, torch.Tensor) and host.numel() == 1:
-        plain = (plain[0] / plain[1].clamp(min=1)).view_as(host)
-    return {
-        LM_LOSS: plain,
-        **{key: value for key, value in report.items() if key != LM_LOSS},
-        "mile loss": pair(objective),
-        "mile entropy": pair(stats.entropy),
-        "mile weight": pair(stats.weight),
-    }
+        return (total / count.clamp(min=1)).view_as(host)
+    return torch.stack([total, count])
+
+
+def token_count(figure: Any) -> float | None:
+    """The count of a reported (sum, count) in either form; None if there is none."""
+    if isinstance(figure, (tuple, list)):
+        return float(figure[1])
+    if isinstance(figure, torch.Tensor) and figure.numel() == 2:
+        return float(figure.view(-1)[1])
+    return None
 
 
 def describe(config: ObjectiveConfig) -> str:

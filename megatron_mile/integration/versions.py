@@ -1,10 +1,14 @@
-"""What the hook expects of Megatron, as data: the one place to touch for another version."""
+"""What the hook expects of Megatron, as data: the one place to touch for another version.
+
+`make test-compat` runs the tests on each version of TESTED; 0.20 is its development branch.
+"""
 
 from typing import NamedTuple
 
-TESTED = ("0.19.2",)
+Release = tuple[int, int]
+TESTED = ("0.12.3", "0.13.1", "0.14.0", "0.15.3", "0.16.1", "0.17.1", "0.18.2", "0.19.2")
 # First and last (major, minor) whose facts below were checked; others get a warning.
-WINDOW = ((0, 19), (0, 19))
+WINDOW: tuple[Release, Release] = ((0, 12), (0, 20))
 
 
 class Symbol(NamedTuple):
@@ -12,9 +16,18 @@ class Symbol(NamedTuple):
 
     module: str
     name: str
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
     exact: bool = False
     """Whether there may be no other parameters."""
+
+
+class Model(NamedTuple):
+    """A model that calls the loss method, and must not define its own."""
+
+    module: str
+    name: str
+    since: Release
+    """First (major, minor) that has it."""
 
 
 LOSS_METHOD = Symbol(
@@ -23,10 +36,9 @@ LOSS_METHOD = Symbol(
     ("self", "labels", "logits"),
     exact=True,
 )
-# Models that call the method, and must not define their own.
-MODELS = (
-    ("megatron.core.models.gpt.gpt_model", "GPTModel"),
-    ("megatron.core.models.hybrid.hybrid_model", "HybridModel"),
+TP_GROUP = Symbol("megatron.core.parallel_state", "get_tensor_model_parallel_group")
+DATA_GROUP = Symbol(
+    "megatron.core.parallel_state", "get_data_parallel_group", ("with_context_parallel",)
 )
 # What the fused projection stands in for.
 OUTPUT_LAYER = Symbol(
@@ -35,11 +47,25 @@ OUTPUT_LAYER = Symbol(
     ("self", "input_", "weight", "runtime_gather_output"),
     exact=True,
 )
+# Patched or called in every step, so resolved when the hook is installed.
+CORE = (LOSS_METHOD, TP_GROUP, DATA_GROUP)
+MODELS = (
+    Model("megatron.core.models.gpt.gpt_model", "GPTModel", (0, 12)),
+    Model("megatron.core.models.mamba.mamba_model", "MambaModel", (0, 12)),
+    Model("megatron.core.models.hybrid.hybrid_model", "HybridModel", (0, 18)),
+)
+# Attributes of a model that hold its process groups: from 0.15, in 0.14; before, none does.
+GROUP_COLLECTIONS = ("pg_collection", "model_comm_pgs")
+# Models whose loss function is not the language-model one.
+UNSUPPORTED_MODELS = ("BertModel", "T5Model")
+
+# For a whole job. Wheels before 0.17 have no megatron.training, Megatron-LM always has.
 PRETRAIN = Symbol("megatron.training.training", "pretrain", ("forward_step_func",))
 SETUP = Symbol("megatron.training.training", "setup_model_and_optimizer", ("model_type",))
 ADD_ARGUMENTS = Symbol("megatron.training.arguments", "add_megatron_arguments", ("parser",))
 CHECK_CHECKPOINT = Symbol(
     "megatron.training.checkpointing", "check_checkpoint_args", ("checkpoint_args",)
 )
-# Models whose loss function is not the language-model one.
-UNSUPPORTED_MODELS = ("BertModel", "T5Model")
+TRAINING = (PRETRAIN, SETUP, ADD_ARGUMENTS, CHECK_CHECKPOINT)
+INITIALIZE = Symbol("megatron.training.initialize", "initialize_megatron", ("allow_no_cuda",))
+COMPILE_HELPERS = Symbol("megatron.core.datasets.utils", "compile_helpers")

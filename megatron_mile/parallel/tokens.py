@@ -44,11 +44,16 @@ def normaliser(
         return weight.new_ones(())
     # fp64: an fp32 sum over a large micro-batch loses digits.
     sums = torch.stack([mask.double().sum(), masked(weight.detach(), mask).sum()])
-    size = group_size(group)
-    if mode == "global" and size > 1:
-        dist.all_reduce(sums, group=group)
+    if mode == "global":
+        sums = sum_over_ranks(sums, group)
     alpha = torch.where((sums == 0).any(), 1, sums[0] / sums[1])
-    if mode == "official" and size > 1:
-        dist.all_reduce(alpha, group=group)
-        alpha = alpha / size
+    if mode == "official":
+        alpha = sum_over_ranks(alpha, group) / group_size(group)
     return alpha.to(weight.dtype)
+
+
+def sum_over_ranks(sums: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
+    """Add `sums` up over the ranks of `group`, in place; None for this rank alone."""
+    if group_size(group) > 1:
+        dist.all_reduce(sums, group=group)
+    return sums

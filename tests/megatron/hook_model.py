@@ -1,12 +1,13 @@
 """What the checks of the hook share: a tiny GPTModel, a batch, a forward step, and their runner.
 
-One process on one gloo rank in CPU mode, fp32. The checks' scripts run by themselves, because the
-process that runs the tests does not import Megatron.
+Ranks on gloo in CPU mode, fp32. The checks' scripts run by themselves, because the process that
+runs the tests does not import Megatron.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import re
 import traceback
@@ -19,7 +20,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
@@ -29,6 +33,7 @@ from megatron_mile.integration.install import METHOD
 
 MILE = ObjectiveConfig("mile", gamma=2.0)
 HOST = LanguageModule.__dict__[METHOD]
+HAS_HYBRID = importlib.util.find_spec("megatron.core.models.hybrid") is not None  # from 0.18
 
 # Sequences of 8, a batch of 3 with 2, 5 and 8 tokens that count: masks and layouts differ by axis.
 S, B, V, HIDDEN = 8, 3, 96, 32
@@ -40,8 +45,13 @@ Step = tuple[torch.Tensor, Callable[..., Any]]
 def build_model(tied: bool = False, **settings: Any) -> GPTModel:
     """A training model with weights drawn wide, so that entropies differ between tokens."""
     config = build_config(**settings)
-    spec = get_gpt_layer_local_spec()
-    return GPTModel(config, spec, V, S, share_embeddings_and_output_weights=tied).train()
+    spec, heads = get_gpt_layer_local_spec(), None
+    if config.mtp_num_layers:
+        heads = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
+    model = GPTModel(
+        config, spec, V, S, share_embeddings_and_output_weights=tied, mtp_block_spec=heads
+    )
+    return model.train()
 
 
 def build_hybrid(pattern: str = "*-", **settings: Any) -> Any:
@@ -78,7 +88,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def forward(model: Any, labels: torch.Tensor | None) -> torch.Tensor:
-    """The model's loss per token [b, s], or without labels its logits [b, s, V]."""
+    """The model's loss per token [b, s], or without labels its logits [b, s, V/tp]."""
     tokens, _ = batch()
     later = torch.ones(S, S).triu(1).bool()[None, None]
     return model(tokens, torch.arange(S).expand(B, S), later, labels=labels)
@@ -103,14 +113,23 @@ def raises(kind: type[Exception], text: str, function: Callable[..., Any], *args
         function(*args)
 
 
-def run_checks(names: Mapping[str, Any], folder: str) -> None:
-    """Run each function called check_*, from the unpatched state.
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Take the gradient of every weight by its name, and leave none behind."""
+    taken = {name: weight.grad for name, weight in model.named_parameters()}
+    model.zero_grad()
+    assert all(grad is not None for grad in taken.values())
+    return taken
 
-    Writes checks.json into the folder: the traceback of each check, "" where it passed.
+
+def run_checks(names: Mapping[str, Any], folder: str, tensor_parallel: int = 1) -> None:
+    """Run each function called check_* on all ranks, from the unpatched state.
+
+    The ranks that tensor parallelism leaves are data-parallel. Writes checks.json into the folder:
+    the tracebacks of each check, "" where it passed.
     """
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_parallel)
     model_parallel_cuda_manual_seed(1)
     failures = {}
     for name in [name for name in names if name.startswith("check_")]:
@@ -120,5 +139,9 @@ def run_checks(names: Mapping[str, Any], folder: str) -> None:
         except (Exception, pytest.fail.Exception):
             failures[name] = traceback.format_exc()
         uninstall()
-    Path(folder, "checks.json").write_text(json.dumps(failures))
+    ranks: list[dict[str, str]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, failures)
+    if torch.distributed.get_rank() == 0:
+        joined = {name: "\n".join({rank[name] for rank in ranks}) for name in failures}
+        Path(folder, "checks.json").write_text(json.dumps(joined))
     torch.distributed.destroy_process_group()

@@ -9,6 +9,7 @@ Jobs come as lines of JSON on stdin, {"argv": [script, ...], "logs": [path of ea
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -35,7 +36,8 @@ def main() -> None:
 
     cpu.enable()
     for name in PRELOADED:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):  # wheels before 0.17 lack megatron.training
+            importlib.import_module(name)
     for line in sys.stdin:
         job = json.loads(line)
         if start(job):

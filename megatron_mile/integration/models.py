@@ -1,0 +1,54 @@
+"""What is asked of a built Megatron model: the module inside its wrappers, its process groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_mile.integration import versions
+from megatron_mile.integration.errors import MileError
+from megatron_mile.parallel import ProcessGroup
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside DDP and precision wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def tp_group(model: Any) -> ProcessGroup:
+    """The tensor-parallel group that shares the vocabulary of this model, wrapped or not."""
+    from megatron.core import parallel_state
+
+    group = _own_group(model, "tp")
+    return parallel_state.get_tensor_model_parallel_group() if group is None else group
+
+
+def data_group(model: Any) -> ProcessGroup | None:
+    """The DP x CP group over which Megatron averages the losses of this model; None if alone.
+
+    Raises:
+        MileError: There are other ranks, but no such group.
+    """
+    from megatron.core import parallel_state
+
+    group = _own_group(model, "dp_cp")
+    if group is None and parallel_state.model_parallel_is_initialized():
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    distributed = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    if group is None and distributed:
+        raise MileError(
+            "a sum over ranks needs the data-parallel group, and neither the model's "
+            "pg_collection.dp_cp nor parallel_state has one; set it up, or use normalize local or "
+            "none"
+        )
+    return group
+
+
+def _own_group(model: Any, name: str) -> ProcessGroup | None:
+    """The group that the model itself was built with, if this Megatron lets it have any."""
+    collections = (getattr(unwrap(model), held, None) for held in versions.GROUP_COLLECTIONS)
+    groups = (getattr(collection, name, None) for collection in collections)
+    return next((group for group in groups if group is not None), None)
