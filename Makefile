@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-.PHONY: help setup quickstart test lint bench
+.PHONY: help setup quickstart test lint bench bench-steps
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test                      run the tests"
 	@echo "make lint                      check style and types"
 	@echo "make bench [ARGS=...]          time the loss beside Megatron's and others (ARGS=--help)"
+	@echo "make bench-steps [ARGS=...]    time training steps with and without the hook (ARGS=--help)"
 
 setup: $(STAMP)
 
@@ -38,3 +39,6 @@ lint: setup
 bench: setup
 	@$(BIN)/python tools/bench/run.py $(ARGS)
 	@$(BIN)/python tools/bench/plot.py
+
+bench-steps: setup
+	@$(BIN)/python tools/bench/train_step.py $(ARGS)
