@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-.PHONY: help setup quickstart test test-compat lint bench
+.PHONY: help setup quickstart test test-compat lint bench bench-steps
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-compat [ARGS=...]    test every supported megatron-core (ARGS=0.16.1 for one)"
 	@echo "make lint                      check style and types"
 	@echo "make bench [ARGS=...]          time the loss beside Megatron's and others (ARGS=--help)"
+	@echo "make bench-steps [ARGS=...]    time training steps with and without the hook (ARGS=--help)"
 
 setup: $(STAMP)
 
@@ -42,3 +43,6 @@ lint: setup
 bench: setup
 	@$(BIN)/python tools/bench/run.py $(ARGS)
 	@$(BIN)/python tools/bench/plot.py
+
+bench-steps: setup
+	@$(BIN)/python tools/bench/train_step.py $(ARGS)

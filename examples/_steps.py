@@ -6,6 +6,7 @@ asked to end (torchrun then ends its workers), and killed if it does not.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -84,11 +85,20 @@ class Stages:
         print("      " + "  ".join([f"{time.monotonic() - started:.1f} s", *notes]), flush=True)
 
 
+def torchrun(processes: int) -> list[str]:
+    """Return the words that start a script, named next, as so many ranks on this machine."""
+    # Loopback only; port 0 lets the system choose a free one.
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return [*words, "--local-addr", "127.0.0.1"]
+
+
 def run(
     command: Sequence[str],
     log: Path,
     env: Mapping[str, str],
     follow: Callable[[str], object] = lambda line: None,
+    silence_s: float = math.inf,
 ) -> None:
     """Run one step to its end.
 
@@ -97,9 +107,10 @@ def run(
         log: file that receives all output of the child.
         env: environment variables to add to the process's own.
         follow: called with each line of output soon after it is written.
+        silence_s: seconds without output after which the child hangs, and is ended.
 
     Raises:
-        StepError: the child ended with a status other than 0.
+        StepError: the child ended with a status other than 0, or hung.
     """
     with log.open("wb") as sink:
         child = subprocess.Popen(
@@ -111,7 +122,7 @@ def run(
             start_new_session=True,  # Ctrl-C reaches the quickstart alone, which ends the child
         )
     try:
-        for line in _lines(child, log):
+        for line in _lines(child, log, silence_s):
             follow(line)
     except BaseException:
         _end(child)
@@ -122,9 +133,9 @@ def run(
         )
 
 
-def _lines(child: subprocess.Popen[bytes], log: Path) -> Iterator[str]:
-    """Yield the lines of a log while its child writes them."""
-    rest = ""
+def _lines(child: subprocess.Popen[bytes], log: Path, silence_s: float) -> Iterator[str]:
+    """Yield the lines of a log while its child writes them; see `run` for `silence_s`."""
+    rest, heard = "", time.monotonic()
     with log.open(encoding="utf-8", errors="replace") as file:
         running = True
         while running:
@@ -133,7 +144,11 @@ def _lines(child: subprocess.Popen[bytes], log: Path) -> Iterator[str]:
                 running = False
             except subprocess.TimeoutExpired:
                 pass
-            *lines, rest = (rest + file.read()).split("\n")
+            if new := file.read():
+                heard = time.monotonic()
+            elif running and time.monotonic() - heard > silence_s:
+                raise StepError(f"{log.stem} wrote nothing for {silence_s:g} s; see {log}")
+            *lines, rest = (rest + new).split("\n")
             yield from lines
 
 

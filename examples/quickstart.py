@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _corpus import Document, QuickstartError, read_corpus, split, write
 from _folder import BUCKETS, PICTURE, check_folder, prepare_folder, report, write_summary
-from _steps import Stages, one_line_errors, run
+from _steps import Stages, one_line_errors, run, torchrun
 from _toy import BATCH, INITIAL, MODEL, SCHEDULE, SEQUENCE, VOCABULARY, Layout, cores
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
@@ -93,10 +93,7 @@ class Quickstart:
     def train(self, objective: str) -> None:
         """Train the model with one objective; the log's iterations move a progress bar."""
         folder, tp = self.out / objective, self.layout.tp
-        # Loopback only; port 0 lets the system choose a free one.
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(tp)]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-        command += ["--local-addr", "127.0.0.1", str(ROOT / "examples" / "pretrain_gpt.py")]
+        command = [*torchrun(tp), str(ROOT / "examples" / "pretrain_gpt.py")]
         command += ["--mile-objective", objective, *MODEL, *INITIAL, *SCHEDULE, *self.tokenizer]
         command += ["--train-iters", str(self.steps), *self.layout.flags(), "--split", "100,0,0"]
         command += ["--data-path", str(self.train_data)]

@@ -233,6 +233,7 @@ def _failure(
     [
         ("run.py", ("--tokens", "--vocab", "--dtypes", "--tp", "--rounds", "--providers")),
         ("plot.py", ("--input", "--output")),
+        ("train_step.py", ("--pairs", "--precision", "--objective", "--output")),
     ],
 )
 def test_help_names_the_flags(script: str, flags: tuple[str, ...]) -> None:

@@ -19,8 +19,6 @@ measured, and "status" says why.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -34,11 +32,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from _case import DTYPES, Case  # noqa: E402
-from _cli import ToolError, new_parser, one_line_errors, write_whole  # noqa: E402
+from _cli import ToolError, new_parser, one_line_errors  # noqa: E402
 from _conditions import conditions  # noqa: E402
 from _measure import PHASES  # noqa: E402
 from _providers import BASELINE, PROVIDERS  # noqa: E402
 from _rounds import run_case  # noqa: E402
+from _table import append, read_whole  # noqa: E402
 
 PROG = "tools/bench/run.py"
 FIGURES = ("p20_ms", "p50_ms", "p80_ms", "min_ms", "ratio_to_megatron", "ratio_of_minima")
@@ -90,40 +89,6 @@ def _figures(ms: Sequence[float], baseline: Sequence[float] | None) -> dict[str,
     return dict(zip(FIGURES, values, strict=False))
 
 
-def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add rows to the CSV file, which is at every moment whole.
-
-    Raises:
-        ToolError: the file has other columns.
-    """
-    before = read_whole(path)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    if not before:
-        writer.writeheader()
-    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
-    write_whole(path, before + text.getvalue())
-
-
-def read_whole(path: Path) -> str:
-    """Return the file's text, "" if there is none.
-
-    Raises:
-        ToolError: it is not a table of this tool.
-    """
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if text and text.splitlines()[0] != ",".join(COLUMNS):
-        raise ToolError(f"--output {path} has other columns than this tool; name another file")
-    return text
-
-
-def _cell(value: Any) -> Any:
-    """Return what is written: four digits of a measured number, nothing for NaN."""
-    if isinstance(value, float):
-        return "" if np.isnan(value) else f"{value:.4g}"
-    return value
-
-
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the phase "both" of each provider, and why the others have no figures."""
     print(
@@ -152,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
     """
     _check_flags(args)
     output = Path(args.output)
-    read_whole(output)  # fails now rather than after the minutes of measuring
+    read_whole(output, COLUMNS)  # fails now rather than after the minutes of measuring
     names = list(dict.fromkeys([BASELINE, *(args.providers or PROVIDERS)]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = conditions()
@@ -163,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
         results, copies = run_case(case, names, args.rounds)
         ordered = {name: results[name] for name in PROVIDERS if name in results}
         rows = rows_of_case(case, ordered, copies, where | load)
-        append(output, rows)
+        append(output, COLUMNS, rows)
         print(f"\n[{case.tokens}, {case.vocab}] {dtype}, tp {case.tp}, forward + backward")
         show(rows)
     print(f"\n{output}: figures appended")
