@@ -37,4 +37,4 @@ lint: setup
 
 bench: setup
 	@$(BIN)/python tools/bench/run.py $(ARGS)
-	@$(BIN)/python tools/bench/plot.py
+	@$(if $(filter -h --help,$(ARGS)),,$(BIN)/python tools/bench/plot.py)
