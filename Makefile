@@ -42,7 +42,7 @@ lint: setup
 
 bench: setup
 	@$(BIN)/python tools/bench/run.py $(ARGS)
-	@$(BIN)/python tools/bench/plot.py
+	@$(if $(filter -h --help,$(ARGS)),,$(BIN)/python tools/bench/plot.py)
 
 bench-steps: setup
 	@$(BIN)/python tools/bench/train_step.py $(ARGS)

@@ -7,13 +7,13 @@ import gc
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from _case import Inputs
-from _providers import Loss
+from _provider import Loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PHASES = ("forward", "backward", "both")
@@ -21,23 +21,30 @@ _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class Call:
-    """A loss with its data, and the logits that it may overwrite: all calls share one buffer."""
+    """A loss with its data, and buffers of the leaves that all calls share and may overwrite."""
 
-    def __init__(self, loss: Loss, inputs: Inputs, logits: torch.Tensor, group: Any) -> None:
-        self.loss, self.inputs, self.logits, self.group = loss, inputs, logits, group
+    def __init__(
+        self, loss: Loss, inputs: Inputs, buffers: Sequence[torch.Tensor], group: Any
+    ) -> None:
+        self.loss, self.inputs, self.buffers, self.group = loss, inputs, buffers, group
 
     def restore(self) -> None:
-        """Give the logits back their values."""
-        self.logits.detach().copy_(self.inputs.logits)
+        """Give the buffers the leaves' values."""
+        for buffer, leaf in zip(self.buffers, self.inputs.leaves.values(), strict=True):
+            buffer.detach().copy_(leaf)
 
     def forward(self) -> torch.Tensor:
         """Return the loss [T] with its graph."""
-        return self.loss(self.logits, self.inputs.targets, self.group)
+        return self.loss(*self.buffers, self.inputs.targets, self.group)
 
-    def backward(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of the logits [T, V/tp]."""
-        (gradient,) = torch.autograd.grad(loss, self.logits, self.inputs.upstream.to(loss.dtype))
-        return gradient
+    def backward(self, loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the gradients of the leaves, in their shapes."""
+        return torch.autograd.grad(loss, self.buffers, self.inputs.upstream.to(loss.dtype))
+
+
+def make_buffers(inputs: Inputs) -> list[torch.Tensor]:
+    """Return what the calls of one case share."""
+    return [leaf.clone().requires_grad_() for leaf in inputs.leaves.values()]
 
 
 class _CountCollectives(TorchDispatchMode):
@@ -55,7 +62,8 @@ class _CountCollectives(TorchDispatchMode):
 def count_collectives(call: Call) -> dict[str, int]:
     """Return the collectives of each phase."""
     call.restore()
-    with _CountCollectives() as mode:
+    # Compiled code that may not fall back to Python refuses to run under such a mode.
+    with torch.compiler.set_stance("force_eager"), _CountCollectives() as mode:
         loss = call.forward()
         forward = mode.count
         call.backward(loss)
@@ -65,14 +73,14 @@ def count_collectives(call: Call) -> dict[str, int]:
 def time_call(call: Call, barrier: Callable[[], Any]) -> tuple[float, float, float]:
     """Return the ms of forward, backward and both, of one call that all ranks start together."""
     call.restore()
-    read = _cuda_clock if call.logits.is_cuda else time.perf_counter
+    read = _cuda_clock if call.inputs.targets.is_cuda else time.perf_counter
     barrier()
     start = read()
     loss = call.forward()
     middle = read()
-    gradient = call.backward(loss)
+    gradients = call.backward(loss)
     end = read()
-    del gradient
+    del gradients
     forward, backward = _ms(start, middle), _ms(middle, end)
     return forward, backward, forward + backward
 
@@ -104,11 +112,12 @@ def extra_mib(call: Call) -> float:
 
     On a GPU the allocator says it. On a CPU it is the peak of resident memory, which Linux lets a
     process reset, so that memory of other threads and of compiled code counts too. Call it after
-    a first call, when caches and compiled code exist.
+    a first call, when caches and compiled code exist. Blocks below 32 MiB may count twice there:
+    the C library keeps some that are freed.
     """
     call.restore()
     gc.collect()
-    if call.logits.is_cuda:
+    if call.inputs.targets.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -7,6 +7,9 @@ median over the rounds of forward + backward divided by Megatron's in the same r
 a bar is the ratio of the minima, and the grey text is the peak of extra memory. Where a case was
 run more than once the last run counts. Losses that were not timed are named with the reason if
 they were tried and failed; those that could not run there are left out.
+
+Losses with the output layer have pictures of their own, and one more where they were run with
+several numbers of tokens: the peak of extra memory over that number.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import csv
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
@@ -31,12 +34,18 @@ from matplotlib.axes import Axes  # noqa: E402
 PROG = "tools/bench/plot.py"
 HERE = Path(__file__).resolve().parent
 OURS, CROSS_ENTROPY, OTHER = "#D55E00", "#9E9E9E", "#0072B2"
+# Of the other losses in the pictures of the memory.
+LINES = ("#0072B2", "#000000", "#9E9E9E", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
 Row = dict[str, str]
 Panel = tuple[str, str]
+Pictures = dict[Path, dict[Panel, list[Row]]]
 
 
-def read(path: Path) -> dict[Path, dict[Panel, list[Row]]]:
-    """Sort the table into pictures (file name) and panels (dtype, tp), slowest loss first.
+def read(path: Path) -> tuple[Pictures, Pictures]:
+    """Sort the table into pictures (file name) and panels (dtype, tp).
+
+    Returns:
+        Pictures of the time, slowest loss first, and of the memory, fewest tokens first.
 
     Raises:
         ToolError: the file is no table of the benchmark, or has nothing to draw.
@@ -44,61 +53,107 @@ def read(path: Path) -> dict[Path, dict[Panel, list[Row]]]:
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     try:
-        return _pictures(rows, path)
+        pictures = _times(rows), _memories(rows)
     except KeyError as error:
         raise ToolError(f"--input {path} has no column {error}; make it with run.py") from error
-
-
-def _pictures(rows: Sequence[Row], path: Path) -> dict[Path, dict[Panel, list[Row]]]:
-    last: dict[tuple[str, ...], Row] = {}
-    for row in rows:
-        timed = row["ratio_to_megatron"] and row["phase"] == "both"
-        if timed or row["status"].startswith("failed"):
-            keys = ("device", "tokens", "vocab", "dtype", "tp", "provider")
-            last[tuple(row[key] for key in keys)] = row
-    if not last:
+    if not pictures[0]:
         raise ToolError(f"--input {path} has no ratios to draw; run tools/bench/run.py first")
-    pictures: dict[Path, dict[Panel, list[Row]]] = {}
-    for (device, tokens, vocab, dtype, tp, _), row in last.items():
-        slug = re.sub(r"[^a-z0-9]+", "-", device.lower().replace("(r)", "")).strip("-")
-        panels = pictures.setdefault(Path(f"{slug}_{tokens}x{vocab}.png"), {})
-        panels.setdefault((dtype, tp), []).append(row)
+    return pictures
+
+
+def _times(rows: Sequence[Row]) -> Pictures:
+    timed = [row for row in rows if row["ratio_to_megatron"] and row["phase"] == "both"]
+    failed = [row for row in rows if row["status"].startswith("failed")]
+    pictures: Pictures = {}
+    for row in _last([row for row in rows if row in timed or row in failed]):
+        size = [row[key] for key in ("tokens", "hidden", "vocab") if row[key] != "0"]
+        _file(pictures, row, "x".join(size))
     for panels in pictures.values():
         for panel in panels.values():
             panel.sort(key=lambda row: -float(row["ratio_to_megatron"] or "inf"))
     return pictures
 
 
-def draw(panels: dict[Panel, list[Row]], output: Path) -> None:
-    """Draw one picture.
+def _memories(rows: Sequence[Row]) -> Pictures:
+    known = [row for row in rows if row["extra_mib"] and row["phase"] == "both"]
+    pictures: Pictures = {}
+    for row in sorted(_last(known), key=lambda row: int(row["tokens"])):
+        if row["hidden"] != "0":
+            _file(pictures, row, f"memory_{row['hidden']}x{row['vocab']}")
+    several = {
+        name: {
+            key: panel for key, panel in panels.items() if len({row["tokens"] for row in panel}) > 1
+        }
+        for name, panels in pictures.items()
+    }
+    return {name: panels for name, panels in several.items() if panels}
+
+
+def _last(rows: Sequence[Row]) -> list[Row]:
+    """Return the last row of each case and provider."""
+    keys = ("device", "tokens", "hidden", "vocab", "dtype", "tp", "provider")
+    return list({tuple(row[key] for key in keys): row for row in rows}.values())
+
+
+def _file(pictures: Pictures, row: Row, what: str) -> None:
+    """Put the row into the picture of its device and `what`."""
+    slug = re.sub(r"[^a-z0-9]+", "-", row["device"].lower().replace("(r)", "")).strip("-")
+    panels = pictures.setdefault(Path(f"{slug}_{what}.png"), {})
+    panels.setdefault((row["dtype"], row["tp"]), []).append(row)
+
+
+def draw_times(panels: dict[Panel, list[Row]], output: Path) -> None:
+    """Draw one picture of the time.
 
     Args:
         panels: (dtype, tp) -> its rows, from the top.
         output: file to write.
     """
-    columns = min(2, len(panels))
+    row = next(iter(panels.values()))[0]
+    work = f"[{row['tokens']}, {row['vocab']}] logits"
+    if row["hidden"] != "0":
+        work = f"output layer [{row['tokens']}, {row['hidden']}] x {row['vocab']} and loss"
+    title = f"Forward + backward of {work}, {row['device']}: time relative to Megatron's plain"
     height = 0.36 * max(map(len, panels.values())) + 1.1
+    _draw(panels, output, f"{title} cross-entropy", height, _draw_bars)
+
+
+def draw_memories(panels: dict[Panel, list[Row]], output: Path) -> None:
+    """Draw one picture of the memory; arguments as for `draw_times`."""
+    row = next(iter(panels.values()))[0]
+    work = f"output layer of {row['hidden']} x {row['vocab']} and loss"
+    title = f"Peak memory of {work}, beyond inputs and their gradients, {row['device']}"
+    _draw(panels, output, title, 3.4, _draw_lines)
+
+
+def _draw(
+    panels: dict[Panel, list[Row]],
+    output: Path,
+    title: str,
+    height: float,
+    draw_panel: Callable[[Axes, Sequence[Row]], None],
+) -> None:
+    """Draw the panels, two in a line, each `height` inches high."""
+    columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure, grid = plt.subplots(
         lines, columns, figsize=(6.6 * columns, height * lines + 0.6), layout="constrained"
     )
     places = list(getattr(grid, "flat", [grid]))
-    for axes, (key, rows) in zip(places, panels.items(), strict=False):
-        _draw_panel(axes, key, rows)
+    for axes, ((dtype, tp), rows) in zip(places, panels.items(), strict=False):
+        draw_panel(axes, rows)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"{dtype}, tensor parallel {tp}, threads per rank: {rows[0]['threads']}")
     for axes in places[len(panels) :]:
         axes.set_axis_off()
-    row = next(iter(panels.values()))[0]
-    figure.suptitle(
-        f"Forward + backward of [{row['tokens']}, {row['vocab']}] logits, {row['device']}: time "
-        "relative to Megatron's plain cross-entropy"
-    )
+    figure.suptitle(title, wrap=True)
     partial = output.with_name(f"{output.stem}.partial.{os.getpid()}{output.suffix}")
     figure.savefig(partial, dpi=130)
     partial.replace(output)
     plt.close(figure)
 
 
-def _draw_panel(axes: Axes, key: Panel, rows: Sequence[Row]) -> None:
+def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
     """Draw one bar a row."""
     ratios = [float(row["ratio_to_megatron"] or 0) for row in rows]
     largest = max(*ratios, 1.0)
@@ -115,8 +170,21 @@ def _draw_panel(axes: Axes, key: Panel, rows: Sequence[Row]) -> None:
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":", zorder=0)
     axes.set_xlim(0, 1.7 * largest)
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"{key[0]}, tensor parallel {key[1]}, threads per rank: {rows[0]['threads']}")
+
+
+def _draw_lines(axes: Axes, rows: Sequence[Row]) -> None:
+    """Draw one line a loss, over the number of tokens."""
+    others = iter(LINES)
+    for name in dict.fromkeys(row["provider"] for row in rows):
+        points = [row for row in rows if row["provider"] == name]
+        tokens = [int(row["tokens"]) for row in points]
+        mib = [float(row["extra_mib"]) for row in points]
+        colour = OURS if name == "ours-linear" else next(others)
+        axes.plot(tokens, mib, "o-", color=colour, label=_label(points[0]))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("MiB")
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _memory(row: Row) -> str:
@@ -126,14 +194,14 @@ def _memory(row: Row) -> str:
 
 
 def _label(row: Row) -> str:
-    kind = "MiLe" if row["objective"] == "mile" else "CE"
+    kind = {"mile": "MiLe", "ce": "CE", "none": "no loss"}[row["objective"]]
     return f"{row['provider']} ({kind})"
 
 
 def _colour(row: Row) -> str:
     if row["provider"].startswith("ours"):
         return OURS
-    return CROSS_ENTROPY if row["objective"] == "ce" else OTHER
+    return OTHER if row["objective"] == "mile" else CROSS_ENTROPY
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -150,11 +218,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with one_line_errors(PROG):
         folder = Path(args.output)
-        pictures = read(Path(args.input))
+        times, memories = read(Path(args.input))
         folder.mkdir(parents=True, exist_ok=True)
-        for name, panels in pictures.items():
-            draw(panels, folder / name)
-            print(folder / name)
+        for pictures, draw in ((times, draw_times), (memories, draw_memories)):
+            for name, panels in pictures.items():
+                draw(panels, folder / name)
+                print(folder / name)
 
 
 if __name__ == "__main__":
