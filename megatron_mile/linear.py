@@ -5,8 +5,9 @@
     backward   the same block of logits again --> its gradient in place --GEMM--> d hidden
                                                                         --GEMM--> d weight
 
-The logits [tokens, V/tp] never exist as a whole, for one GEMM of four more. What is saved is the
-hidden states and a few numbers per token; the block is the only extra memory that counts.
+The logits [tokens, V/tp] never exist as a whole, at the price of four GEMMs instead of three. What
+is saved is the hidden states and a few numbers per token; the block is the only extra memory that
+counts.
 """
 
 from collections.abc import Iterator
@@ -123,7 +124,7 @@ class _LinearLoss(torch.autograd.Function):
         hidden, weight, targets, m, coefficients = ctx.saved_tensors
         setting: _Setting = ctx.setting
         rows = _rows(hidden, setting)
-        scaled = scale_coefficients(coefficients, grad, m.dtype).flatten(1)
+        scaled = scale_coefficients(coefficients, grad, m.dtype).view(len(coefficients), -1)
         flat_targets, maxima = targets.flatten(), m.flatten()
         d_rows = rows.new_empty(rows.shape)
         d_weight = _accumulator(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None

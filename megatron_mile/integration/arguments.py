@@ -138,8 +138,10 @@ def objective_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def _defining_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Read what must not change on resume."""
-    mask = stored.get("mile_mask_padded_vocab", False)
-    return {**objective_settings(stored), "mask_padded_vocab": mask}
+    settings = objective_settings(stored)
+    is_ours = settings["objective"] != NO_OBJECTIVE  # the host itself always counts the padding
+    mask = is_ours and stored.get("mile_mask_padded_vocab", False)
+    return {**settings, "mask_padded_vocab": mask}
 
 
 def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

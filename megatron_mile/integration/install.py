@@ -19,7 +19,7 @@ from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration import versions
 from megatron_mile.integration.errors import MileCompatError, MileError
 from megatron_mile.integration.loss_func import Window, current_window, is_training
-from megatron_mile.integration.models import tp_group, unwrap
+from megatron_mile.integration.models import check_shard, tp_group, unwrap
 from megatron_mile.integration.output_layer import (
     DeferredLogits,
     fuse_output_layer,
@@ -27,7 +27,6 @@ from megatron_mile.integration.output_layer import (
 )
 from megatron_mile.loss import TokenLoss, token_loss
 from megatron_mile.ops import dispatch
-from megatron_mile.parallel import ProcessGroup
 
 METHOD = "compute_language_model_loss"
 _attached: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -37,23 +36,22 @@ def install(config: ObjectiveConfig) -> None:
     """Patch the class, so that every language model of this process trains with the objective.
 
     Call it before or after the model is built, and hand Megatron a forward step that
-    `wrap_forward_step` has wrapped. A second call replaces the settings of the first.
+    `wrap_forward_step` has wrapped. A second call replaces the settings of the first; a model that
+    `attach` has patched keeps its own.
 
     Raises:
         MileCompatError: The installed Megatron does not have the method as expected.
         ValueError: The backend does not run here.
     """
     dispatch.select(config.backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    uninstall()
     owner = loss_owner()
-    setattr(owner, METHOD, _make_hook(getattr(owner, METHOD), config))
+    setattr(owner, METHOD, _make_hook(_host(owner), config))
 
 
 def uninstall() -> None:
     """Undo `install` and every `attach`; nothing happens where nothing is patched."""
     owner = loss_owner()
-    while installed_config(hook := getattr(owner, METHOD)) is not None:
-        setattr(owner, METHOD, hook.__wrapped__)
+    setattr(owner, METHOD, _host(owner))
     for module in list(_attached):
         module.__dict__.pop(METHOD, None)
         _attached.discard(module)
@@ -75,8 +73,8 @@ def attach(
 
     Raises:
         MileCompatError: Megatron's output layer is not as expected (with `fused_linear`).
-        MileError: A chunk on the last pipeline stage has no `compute_language_model_loss`, or its
-            projection cannot be fused.
+        MileError: A chunk on the last pipeline stage has no `compute_language_model_loss`, its
+            projection cannot be fused, or `vocab_size` is not within its vocabulary.
     """
     for chunk in model if isinstance(model, (list, tuple)) else [model]:
         module = unwrap(chunk)
@@ -85,14 +83,29 @@ def attach(
                 f"attach: {type(module).__name__} has no method {METHOD}; expected a Megatron "
                 "language model such as GPTModel"
             )
-        host = getattr(type(module), METHOD)
-        host = host.__wrapped__ if installed_config(host) is not None else host
-        module.__dict__[METHOD] = types.MethodType(_make_hook(host, config, vocab_size), module)
-        _attached.add(module)
+        _check_vocab_size(module, vocab_size)
         if getattr(module, "post_process", True):
             restore_output_layers(module)
             if fused_linear:
                 fuse_output_layer(module, resolve(versions.OUTPUT_LAYER))
+        hook = _make_hook(_host(type(module)), config, vocab_size)
+        module.__dict__[METHOD] = types.MethodType(hook, module)
+        _attached.add(module)
+
+
+def _host(owner: type) -> Callable[..., Any]:
+    """The class's method without our hook."""
+    method = getattr(owner, METHOD)
+    return method.__wrapped__ if installed_config(method) is not None else method
+
+
+def _check_vocab_size(model: Any, vocab_size: int | None) -> None:
+    padded: int = getattr(model, "vocab_size", vocab_size)
+    if vocab_size is not None and not 1 <= vocab_size <= padded:
+        raise MileError(
+            f"vocab_size is {vocab_size}, but the model has {padded} columns; expected the "
+            "tokenizer's size, from 1 to that"
+        )
 
 
 def installed_config(function: Any) -> ObjectiveConfig | None:
@@ -202,7 +215,7 @@ def _make_hook(
         if window.calls <= _mtp_heads(self):
             return host(self, labels, logits)
         group = tp_group(self)
-        _check_shard(self, labels, tuple(logits.size()), group)
+        check_shard(self, labels, tuple(logits.size()), group)
         targets = labels.transpose(0, 1)
         if isinstance(logits, DeferredLogits):
             stats = logits.loss(targets, config, group, vocab_size)
@@ -225,21 +238,3 @@ def _mtp_heads(model: Any) -> int:
     """
     here = getattr(model, "mtp_process", False) or type(model).__name__ == "GPTModel"
     return (model.config.mtp_num_layers or 0) if here else 0
-
-
-def _check_shard(
-    model: Any, labels: torch.Tensor, logits: tuple[int, ...], group: ProcessGroup
-) -> None:
-    """Raise unless logits are [s, b, V/tp] of labels [b, s] and the model's padded vocabulary."""
-    if len(logits) != 3 or logits[:2] != labels.shape[::-1]:
-        raise MileError(
-            f"logits are {logits} and labels {tuple(labels.shape)}; expected [s, b, V/tp] and "
-            "[b, s]"
-        )
-    vocabulary = getattr(model, "vocab_size", None)
-    if vocabulary is not None and logits[2] * group.size() != vocabulary:
-        raise MileError(
-            f"a logits shard of {logits[2]} columns on each of {group.size()} "
-            f"tensor-parallel ranks does not make the padded vocabulary of {vocabulary}; build "
-            "the model with parallel_output=True and a vocabulary padded to a multiple of TP"
-        )

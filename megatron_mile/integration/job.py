@@ -22,6 +22,7 @@ from megatron_mile.integration.arguments import Namespace
 from megatron_mile.integration.errors import MileError
 from megatron_mile.integration.install import METHOD, attach, install, resolve
 from megatron_mile.integration.loss_func import wrap_forward_step
+from megatron_mile.integration.models import unwrap
 from megatron_mile.integration.refusals import refuse_models, refuse_settings
 from megatron_mile.integration.telemetry import describe, start_block
 from megatron_mile.linear import CHUNK_TOKENS
@@ -118,7 +119,7 @@ def _with_checks(
         if config is not None:
             refuse_models(built[0])
             _attach(built[0], config, get_args())
-        print_rank_0(start_block([*_objective_lines(get_args(), config), *notes]))
+        print_rank_0(start_block([*_objective_lines(get_args(), built[0][-1], config), *notes]))
         return built
 
     return setup_model_and_optimizer
@@ -133,24 +134,24 @@ def _attach(chunks: Sequence[Any], config: ObjectiveConfig, args: Namespace) -> 
         attach(chunks, config, vocab_size, args.mile_fused_linear)
 
 
-def _objective_lines(args: Namespace, config: ObjectiveConfig | None) -> list[tuple[str, str]]:
+def _objective_lines(
+    args: Namespace, model: Any, config: ObjectiveConfig | None
+) -> list[tuple[str, str]]:
     """Describe objective, backend with its reason, layout and patched symbols."""
     import megatron.core
 
     if config is None:
         return [("objective", "none: the host's own loss")]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shard = args.padded_vocab_size // args.tensor_model_parallel_size
+    columns = args.padded_vocab_size or unwrap(model).vocab_size
+    shard = columns // args.tensor_model_parallel_size
     padding = "left out in training" if args.mile_mask_padded_vocab else "counted as by the host"
     fused = f"with the loss, {CHUNK_TOKENS} tokens at a time in training"
     return [
         ("objective", describe(config)),
         ("backend", dispatch.select(config.backend, device)[1]),
         ("projection", fused if args.mile_fused_linear else "the host's"),
-        (
-            "vocabulary",
-            f"{args.padded_vocab_size} padded, {shard} on each TP rank; padding {padding}",
-        ),
+        ("vocabulary", f"{columns} padded, {shard} on each TP rank; padding {padding}"),
         ("evaluation", "plain cross-entropy by the host"),
         (
             "patched",

@@ -52,3 +52,21 @@ def _own_group(model: Any, name: str) -> ProcessGroup | None:
     collections = (getattr(unwrap(model), held, None) for held in versions.GROUP_COLLECTIONS)
     groups = (getattr(collection, name, None) for collection in collections)
     return next((group for group in groups if group is not None), None)
+
+
+def check_shard(
+    model: Any, labels: torch.Tensor, logits: tuple[int, ...], group: ProcessGroup
+) -> None:
+    """Raise unless logits are [s, b, V/tp] of labels [b, s] and the model's padded vocabulary."""
+    if len(logits) != 3 or logits[:2] != labels.shape[::-1]:
+        raise MileError(
+            f"logits are {logits} and labels {tuple(labels.shape)}; expected [s, b, V/tp] and "
+            "[b, s]"
+        )
+    vocabulary = getattr(model, "vocab_size", None)
+    if vocabulary is not None and logits[2] * group.size() != vocabulary:
+        raise MileError(
+            f"a logits shard of {logits[2]} columns on each of {group.size()} "
+            f"tensor-parallel ranks does not make the padded vocabulary of {vocabulary}; build "
+            "the model with parallel_output=True and a vocabulary padded to a multiple of TP"
+        )

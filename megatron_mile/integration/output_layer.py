@@ -67,13 +67,13 @@ def fuse_output_layer(model: Any, host: Callable[..., Any]) -> None:
     """Swap the output layer of a language model.
 
     Args:
-        model: Unwrapped, on the last pipeline stage.
+        model: Unwrapped, on the last pipeline stage, its output layer as Megatron built it.
         host: `ColumnParallelLinear.forward`, checked.
 
     Raises:
         MileError: Something lies between projection and loss, or the layer is of another kind.
     """
-    reason = _obstacle(model)
+    reason = _obstacle(model, host)
     if reason:
         raise MileError(f"{FLAG} cannot be combined with {reason}; train without {FLAG}")
     model.output_layer.forward = functools.partial(_forward, host, model.output_layer)
@@ -83,7 +83,7 @@ def fuse_output_layer(model: Any, host: Callable[..., Any]) -> None:
 def restore_output_layers(model: Any = None) -> None:
     """Undo `fuse_output_layer` of one model, or of all."""
     for layer in list(_fused):
-        if model is None or layer is model.output_layer:
+        if model is None or layer is getattr(model, "output_layer", None):
             del layer.forward
             _fused.discard(layer)
 
@@ -101,11 +101,12 @@ def _forward(
     return DeferredLogits(layer, input_, layer.weight if weight is None else weight), None
 
 
-def _obstacle(model: Any) -> str:
+def _obstacle(model: Any, host: Callable[..., Any]) -> str:
     """Return why the projection of this model cannot be left to the loss, "" if it can."""
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-    layer, config = model.output_layer, model.config
+    layer: Any = getattr(model, "output_layer", None)
+    config = model.config
     if type(layer) is not ColumnParallelLinear:
         kind = f"{type(layer).__module__}.{type(layer).__name__}"
         return f"an output layer of class {kind} (expected ColumnParallelLinear itself)"
@@ -116,6 +117,15 @@ def _obstacle(model: Any) -> str:
         "gathered logits (parallel_output=False)": layer.gather_output
         and layer.tp_group.size() > 1,
         "--config-logger-dir, which writes the logits": getattr(config, "config_logger_dir", ""),
+        "an output layer whose forward somebody has replaced": (
+            hasattr(host, "__wrapped__") or {"forward", "_forward_impl"} & vars(layer).keys()
+        ),
+        "hooks on the output layer, which read its logits": (
+            layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        ),
+        "an output layer that does not reduce its input's gradient (LoRA, experts)": (
+            getattr(layer, "disable_grad_reduce", False) or layer.explicit_expert_comm
+        ),
         "--defer-embedding-wgrad-compute, which computes this layer's weight gradient later": (
             config.defer_embedding_wgrad_compute
         ),

@@ -7,6 +7,10 @@ context-parallel group. No objective, no kernel and nothing of the host may live
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+# torch 2.13 gave them other names, and the old ones warn.
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def group_size(group: ProcessGroup | None) -> int:
     """Return the number of ranks in `group`; 1 for None, which means this rank alone.

@@ -11,10 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from megatron_mile.parallel import ProcessGroup, group_size
-
-# torch 2.13 gave it another name, and the old one warns.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+from megatron_mile.parallel import ProcessGroup, all_gather, group_size, reduce_scatter
 
 
 def gather_sequence(hidden: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
@@ -23,7 +20,7 @@ def gather_sequence(hidden: torch.Tensor, group: ProcessGroup | None) -> torch.T
     if size == 1:
         return hidden
     whole = hidden.new_empty(size * hidden.size(0), *hidden.shape[1:])
-    dist.all_gather_into_tensor(whole, hidden.contiguous(), group=group)
+    all_gather(whole, hidden.contiguous(), group=group)
     return whole
 
 
@@ -43,7 +40,7 @@ def start_reduce(
     out = grad
     if sequence_parallel:
         out = grad.new_empty(grad.size(0) // size, *grad.shape[1:])
-        work = _reduce_scatter(out, grad, group=group, async_op=True)
+        work = reduce_scatter(out, grad, group=group, async_op=True)
     else:
         work = dist.all_reduce(out, group=group, async_op=True)
 

@@ -5,7 +5,7 @@ from functools import reduce
 import torch
 import torch.distributed as dist
 
-from megatron_mile.parallel import ProcessGroup, group_size
+from megatron_mile.parallel import ProcessGroup, all_gather, group_size
 
 
 def shard_range(
@@ -45,8 +45,8 @@ def _columns_range(
     start, end = vocab_range
     if not 0 <= start <= end or end - start != columns:
         raise ValueError(
-            f"vocab_range is {vocab_range}, but the logits' last dimension is {columns}; expected "
-            f"0 <= start and end = start + {columns}, the part of the vocabulary this rank holds"
+            f"vocab_range is {vocab_range}, but this rank has {columns} columns of the vocabulary; "
+            f"expected 0 <= start and end = start + {columns}"
         )
     return start, end
 
@@ -76,7 +76,7 @@ def join_stats(stats: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
     if size == 1:
         return stats.double()
     gathered = stats.new_empty(size * stats.size(0), *stats.shape[1:])
-    dist.all_gather_into_tensor(gathered, stats, group=group)
+    all_gather(gathered, stats, group=group)
     return merge_stats(gathered.view(size, *stats.shape))
 
 

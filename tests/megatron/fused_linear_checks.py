@@ -30,8 +30,9 @@ from hook_model import (
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-from megatron_mile import attach, uninstall, wrap_forward_step
+from megatron_mile import ObjectiveConfig, attach, install, uninstall, wrap_forward_step
 from megatron_mile.integration.errors import MileCompatError, MileError
+from megatron_mile.integration.install import METHOD, installed_config
 
 # Measured: 2.4e-7 of the loss, 1.1e-6 of the gradients; another order of summation.
 SAME = 5e-6
@@ -65,10 +66,11 @@ def check_fused_step_never_forms_the_logits() -> None:
     model, called = build_model(), []
     host = ColumnParallelLinear.forward
 
-    @functools.wraps(host)
-    def counted(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        called.append(layer is model.output_layer)
-        return host(layer, *args, **kwargs)
+    def counted(
+        self: Any, input_: Any, weight: Any = None, runtime_gather_output: Any = None
+    ) -> Any:
+        called.append(self is model.output_layer)
+        return host(self, input_, weight, runtime_gather_output)
 
     ColumnParallelLinear.forward = counted
     try:
@@ -109,6 +111,9 @@ def check_fused_projection_adds_to_main_grad() -> None:
             for _ in range(2):
                 output, loss_func = wrap_forward_step(forward_step, MILE)(None, ddp)
                 loss_func(output)[0].backward()
+            weights = dict(model.named_parameters())
+            weight = weights[f"{'embedding.word_embeddings' if tied else 'output_layer'}.weight"]
+            assert weight.grad_added_to_main_grad == fused
             assert all(weight.grad is None for weight in model.parameters())
             gradients.append({n: w.main_grad.clone() for n, w in model.named_parameters()})
         for name, value in gradients[0].items():
@@ -155,6 +160,41 @@ def check_fused_refuses_what_lies_between_projection_and_loss() -> None:
         None,
         True,
     )
+
+
+def check_fused_refuses_an_output_layer_that_somebody_changed() -> None:
+    def adapter(*args: Any, **kwargs: Any) -> Any:
+        output, bias = ColumnParallelLinear.forward(model.output_layer, *args, **kwargs)
+        return output * 2, bias
+
+    for change, text in (
+        (lambda layer: setattr(layer, "forward", adapter), "forward somebody has replaced"),
+        (lambda layer: setattr(layer, "_forward_impl", adapter), "forward somebody has replaced"),
+        (lambda layer: layer.register_forward_hook(lambda *_: None), "hooks on the output layer"),
+        (lambda layer: setattr(layer, "disable_grad_reduce", True), "LoRA, experts"),
+    ):
+        model = build_model()
+        change(model.output_layer)
+        raises(MileError, text, attach, model, MILE, None, True)
+        assert METHOD not in model.__dict__  # nothing is left half done
+        attach(model, MILE)
+        uninstall()
+        assert (
+            text != "forward somebody has replaced" or adapter in vars(model.output_layer).values()
+        )
+
+
+def check_attach_refuses_a_vocabulary_that_is_not_the_models() -> None:
+    for size in (0, V + 1):
+        raises(MileError, f"vocab_size is {size}", attach, build_model(), MILE, size)
+
+
+def check_install_leaves_attached_models_alone() -> None:
+    model = build_model()
+    attach(model, MILE, WORDS, True)
+    install(ObjectiveConfig("ce"))
+    assert installed_config(getattr(model, METHOD)) == MILE
+    assert "forward" in model.output_layer.__dict__
 
 
 def check_fused_refuses_a_changed_host() -> None:

@@ -88,7 +88,11 @@ def test_training_recompute_repeats_without(runs: TrainingRuns) -> None:
         assert furthest(with_it[figure], without[figure]) <= SAME
 
 
-@pytest.mark.parametrize(("world_size", "layout"), [(1, TP1), (2, TP2)], ids=["tp1", "tp2"])
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [(1, TP1), (2, TP2), (2, f"{TP1} --pipeline-model-parallel-size 2")],
+    ids=["tp1", "tp2", "pp2"],
+)
 def test_training_fused_linear_repeats_without(
     runs: TrainingRuns, world_size: int, layout: str
 ) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 from test_layouts import FIGURES, SAME, fall
-from training_runs import HERE, MILE, TP1, TP2, Run, TrainingRuns, furthest
+from training_runs import HERE, MILE, TP1, TP2, Run, TrainingRuns, furthest, mile_errors
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +49,14 @@ def test_training_of_a_mode_trains_and_ce_is_the_hosts(
     assert bool(heads) == any(word in model for word in ("mtp", "/", "experts"))
     for tag in heads:
         assert mile[tag][0] == host[tag][0]
+
+
+def test_training_fused_linear_refuses_prediction_heads(runs: TrainingRuns) -> None:
+    run = runs.run(1, TP1, MILE, "--mtp-num-layers 1 --mile-fused-linear")
+    assert run.code != 0
+    (error,) = mile_errors(run.logs[0])
+    assert "--mile-fused-linear cannot be combined with multi-token prediction" in error
+    assert not run.scalars
 
 
 def test_training_cp2_repeats_cp1(runs: TrainingRuns) -> None:

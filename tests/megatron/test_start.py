@@ -44,6 +44,8 @@ BAD_FLAGS = {
     "--mile-objective unlikelihood": ("--mile-objective", "'unlikelihood'", "focal"),
     "--mile-gamma 2": ("--mile-gamma", "--mile-objective mile"),
     "--mile-entropy-grad": ("--mile-entropy-grad", "--mile-objective mile"),
+    "--mile-fused-linear": ("--mile-fused-linear", "--mile-objective mile"),
+    "--mile-mask-padded-vocab": ("--mile-mask-padded-vocab", "--mile-objective mile"),
     # The default, but asked for: training without it would be silently something else.
     "--mile-gamma 1.0": ("--mile-gamma", "--mile-objective mile"),
 }

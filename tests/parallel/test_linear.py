@@ -172,7 +172,6 @@ def test_linear_token_loss_never_holds_all_logits() -> None:
     tokens, vocab = 512, 128
     hidden, weight = torch.randn(tokens, 4), torch.randn(vocab, 4)
     hidden.requires_grad_(), weight.requires_grad_()
-    torch.set_num_threads(1)
     with _Largest() as mode:
         loss = linear_token_loss(
             hidden, weight, torch.arange(tokens) % vocab, CONFIGS["mile"], chunk_tokens=16
@@ -224,6 +223,37 @@ def test_linear_token_loss_of_a_frozen_weight_and_of_no_tokens() -> None:
     empty = linear_token_loss(hidden[:0], weight, problem.targets[:0], problem.config)
     empty.loss.sum().backward()
     assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_linear_token_loss_adds_to_a_main_grad_of_any_width() -> None:
+    problem = Problem(torch.float32, "one", "mile")
+    for dtype in (torch.float64, torch.bfloat16):
+        weight: Any = problem.weight.clone().requires_grad_()
+        weight.main_grad = torch.ones_like(weight, dtype=dtype)
+        loss = linear_token_loss(
+            problem.hidden,
+            weight,
+            problem.targets,
+            problem.config,
+            chunk_tokens=5,
+            gradient_accumulation_fusion=True,
+        ).loss
+        loss.backward(problem.upstream)
+        assert weight.grad is None  # nobody has asked for a placeholder
+        # Rounded to main_grad's dtype once.
+        expected = (1 + problem.d_weight).to(dtype)
+        limit = max(GRADIENTS[torch.float32], torch.finfo(dtype).eps)
+        assert error(weight.main_grad, expected) <= limit
+
+
+def test_linear_token_loss_takes_a_single_token() -> None:
+    hidden, weight = torch.randn(4, requires_grad=True), torch.randn(5, 4)
+    for dims in ((), (1,)):
+        targets = torch.full(dims, 3)
+        loss = linear_token_loss(hidden.view(*dims, 4), weight, targets, CONFIGS["mile"]).loss
+        (gradient,) = torch.autograd.grad(loss.sum(), hidden)
+        truth = oracle(hidden @ weight.t(), torch.tensor(3)).grad @ weight.double()
+        assert error(gradient, truth) <= 2e-6  # measured 1e-7
 
 
 @pytest.mark.parametrize(

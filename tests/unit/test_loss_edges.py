@@ -218,7 +218,7 @@ def test_token_loss_refuses_what_does_not_fit(
 
 @pytest.mark.parametrize("vocab_range", [(0, 4), (-1, 4), (7, 2), (5, 11)])
 def test_token_loss_refuses_a_range_that_does_not_fit(vocab_range: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=rf"vocab_range is \({vocab_range[0]}, .*dimension is 5"):
+    with pytest.raises(ValueError, match=rf"vocab_range is \({vocab_range[0]}, .*has 5 columns"):
         token_loss(torch.ones(1, 5), torch.tensor([0]), MILE, vocab_range=vocab_range)
 
 
