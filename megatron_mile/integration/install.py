@@ -100,8 +100,10 @@ def _host(owner: type) -> Callable[..., Any]:
 
 
 def _check_vocab_size(model: Any, vocab_size: int | None) -> None:
-    padded: int = getattr(model, "vocab_size", vocab_size)
-    if vocab_size is not None and not 1 <= vocab_size <= padded:
+    if vocab_size is None:
+        return
+    padded = getattr(model, "vocab_size", vocab_size)
+    if not 1 <= vocab_size <= padded:
         raise MileError(
             f"vocab_size is {vocab_size}, but the model has {padded} columns; expected the "
             "tokenizer's size, from 1 to that"

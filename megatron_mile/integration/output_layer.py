@@ -124,7 +124,10 @@ def _obstacle(model: Any, host: Callable[..., Any]) -> str:
             layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
         ),
         "an output layer that does not reduce its input's gradient (LoRA, experts)": (
-            getattr(layer, "disable_grad_reduce", False) or layer.explicit_expert_comm
+            any(
+                getattr(layer, name, False)
+                for name in ("disable_grad_reduce", "explicit_expert_comm")
+            )
         ),
         "--defer-embedding-wgrad-compute, which computes this layer's weight gradient later": (
             config.defer_embedding_wgrad_compute
