@@ -1,5 +1,6 @@
 """What the quickstart is made of: its corpus, its folder, and how it runs and ends steps."""
 
+import functools
 import signal
 import subprocess
 import sys
@@ -139,7 +140,13 @@ def test_run_ends_torchrun_and_its_workers_when_interrupted(tmp_path: Path) -> N
     log = tmp_path / "step.log"
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     command = [sys.executable, "-c", STEP, str(EXAMPLES), str(log), sys.executable, *words]
-    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, a shell has set it to be ignored.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not log.exists() or log.read_text().count("started") < 2:
         assert time.monotonic() < deadline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import shutil
@@ -57,7 +58,13 @@ def _start_stalled(flags: list[str], fifo: Path, lines: bytes) -> subprocess.Pop
     """Start the tool on a pipe that gives half of the corpus, and wait for the first bytes out."""
     os.mkfifo(fifo)
     command = [sys.executable, str(TOOL), "--input", str(fifo), *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, a shell has set it to be ignored.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     feed = os.open(fifo, os.O_RDWR)  # both ends: opening does not wait, and the pipe never ends
     os.set_blocking(feed, False)
     rest = memoryview(lines[: len(lines) // 2])
@@ -124,6 +131,6 @@ def test_main_ctrl_c_keeps_the_earlier_pair(tmp_path: Path) -> None:
     process = _start_stalled(flags, tmp_path / "pipe.jsonl", DOCUMENT * 10000)
     assert not (out / "c_text_document.idx").exists()
     process.send_signal(signal.SIGINT)
-    assert process.communicate()[1] == "tools/preprocess_data.py: error: interrupted\n"
+    assert process.communicate(timeout=60)[1] == "tools/preprocess_data.py: error: interrupted\n"
     assert process.returncode == 130
     assert files_below(out) == earlier
