@@ -118,7 +118,7 @@ def _obstacle(model: Any, host: Callable[..., Any]) -> str:
         and layer.tp_group.size() > 1,
         "--config-logger-dir, which writes the logits": getattr(config, "config_logger_dir", ""),
         "an output layer whose forward somebody has replaced": (
-            hasattr(host, "__wrapped__") or {"forward", "_forward_impl"} & vars(layer).keys()
+            hasattr(host, "__wrapped__") or _has_foreign_forward(layer)
         ),
         "hooks on the output layer, which read its logits": (
             layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
@@ -138,3 +138,10 @@ def _obstacle(model: Any, host: Callable[..., Any]) -> str:
         ),
     }
     return next((name for name, found in obstacles.items() if found), "")
+
+
+def _has_foreign_forward(layer: Any) -> bool:
+    """Whether the instance has a forward that Megatron has not given it (0.12 sets one itself)."""
+    own = type(layer).__module__
+    found = (vars(layer).get(name) for name in ("forward", "_forward_impl"))
+    return any(function and function.__module__ != own for function in found)
