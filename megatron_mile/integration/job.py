@@ -23,7 +23,11 @@ from megatron_mile.integration.errors import MileError
 from megatron_mile.integration.install import METHOD, attach, install, resolve
 from megatron_mile.integration.loss_func import wrap_forward_step
 from megatron_mile.integration.models import unwrap
-from megatron_mile.integration.refusals import refuse_models, refuse_settings
+from megatron_mile.integration.refusals import (
+    refuse_models,
+    refuse_replaced_loss,
+    refuse_settings,
+)
 from megatron_mile.integration.telemetry import describe, start_block
 from megatron_mile.linear import CHUNK_TOKENS
 from megatron_mile.ops import dispatch
@@ -117,6 +121,7 @@ def _with_checks(
         refuse_settings(get_args(), config)
         built = host(*args, **kwargs)
         if config is not None:
+            refuse_replaced_loss(get_args())
             refuse_models(built[0])
             _attach(built[0], config, get_args())
         print_rank_0(start_block([*_objective_lines(get_args(), built[0][-1], config), *notes]))

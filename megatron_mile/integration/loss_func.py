@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,7 +100,8 @@ def wrap_forward_step(
         forward_step: As handed to Megatron's `pretrain` or schedules: takes (data_iterator, model)
             and returns (output_tensor, loss_func), where output_tensor is the loss per token
             [b, s] on the last pipeline stage and loss_func turns it into
-            (loss_sum, num_tokens, report) or (loss, report).
+            (loss_sum, num_tokens, report) or (loss, report). With other parameters the model is
+            the one named `model`, as in Megatron-Bridge's (state, data_iterator, model).
         config: The objective that `install` or `attach` was given.
 
     Returns:
@@ -112,13 +114,16 @@ def wrap_forward_step(
     if earlier is not None:
         forward_step = forward_step.__wrapped__  # type: ignore[attr-defined]
     reduction = _Reduction(config)
+    names = list(inspect.signature(forward_step).parameters)
+    position = names.index("model") if "model" in names else 1
 
     @functools.wraps(forward_step)
-    def wrapped(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         with _open_window() as window:
-            output, loss_func = forward_step(data_iterator, model, *args, **kwargs)
+            output, loss_func = forward_step(*args, **kwargs)
         if loss_func is None:
             return output, loss_func
+        model = kwargs["model"] if "model" in kwargs else args[position]
         return output, functools.partial(reduction, loss_func, window, model)
 
     wrapped.__megatron_mile__ = config  # type: ignore[attr-defined]

@@ -13,6 +13,22 @@ from megatron_mile.integration.errors import MileError
 from megatron_mile.integration.install import METHOD, installed_config
 from megatron_mile.integration.models import tp_group, unwrap
 
+# Settings of Megatron under which the model's loss is not what is trained, with the reason.
+_MODELOPT = "ModelOpt replaces model and loss"
+REPLACED_LOSSES = {
+    "overlap_moe_expert_parallel_comm": "its schedule runs the loss outside forward_step",
+    "use_legacy_models": "legacy models compute their loss in a way of their own",
+    "logits_load_dir": "distillation from cached logits replaces the loss",
+    "logits_save_dir": "logit saving replaces the loss",
+    # What `modelopt_args_enabled` of 0.12 to 0.14 looks at; later ones set the last in get_model.
+    "export_kd_teacher_load": _MODELOPT,
+    "export_quant_cfg": _MODELOPT,
+    "export_real_quant_cfg": _MODELOPT,
+    "export_num_medusa_heads": _MODELOPT,
+    "export_num_eagle_layers": _MODELOPT,
+    "modelopt_enabled": _MODELOPT,
+}
+
 
 def refuse_settings(args: Namespace, config: ObjectiveConfig | None) -> None:
     """Stop a job whose settings the objective cannot serve exactly.
@@ -24,14 +40,18 @@ def refuse_settings(args: Namespace, config: ObjectiveConfig | None) -> None:
     if config is None:
         return
     refuse_unequal_microbatches(args, config)
-    for name, reason in (
-        ("overlap_moe_expert_parallel_comm", "its schedule runs the loss outside forward_step"),
-        ("logits_load_dir", "distillation from cached logits replaces the loss"),
-        ("logits_save_dir", "logit saving replaces the loss"),
-        ("modelopt_enabled", "ModelOpt replaces model and loss"),
-    ):
-        if getattr(args, name, None):
-            raise MileError(f"{name} cannot be combined with --mile-objective: {reason}")
+    refuse_replaced_loss(args)
+
+
+def refuse_replaced_loss(args: Namespace) -> None:
+    """Stop where Megatron trains another loss than the model's; ask before and after building."""
+    for name, reason in REPLACED_LOSSES.items():
+        value = getattr(args, name, None)
+        if value not in (None, False, 0, "None"):
+            raise MileError(
+                f"{name} is {value}, which cannot be combined with --mile-objective: {reason}; "
+                "leave one of them out"
+            )
 
 
 def refuse_unreadable_optimizer(args: Namespace) -> None:
@@ -87,6 +107,13 @@ def refuse_models(chunks: Sequence[Any]) -> None:
             raise MileError(
                 f"objective not applied: {name} does not take its loss from "
                 f"LanguageModule.{METHOD}; use a GPTModel or HybridModel, or --mile-objective none"
+            )
+        fusion = getattr(module.config, "cross_entropy_fusion_impl", None)
+        if module.config.cross_entropy_loss_fusion and fusion == "linear":
+            raise MileError(
+                f"objective not applied: {name} computes projection and loss in one "
+                "(--cross-entropy-fusion-impl linear); use native, and --mile-fused-linear for "
+                "the same saving"
             )
         tp_size = tp_group(module).size()
         if tp_size > 1 and not getattr(module, "parallel_output", True):

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Script -> flags (or words) that its help must name.
 EXPECTED = {
+    "examples/core_loop.py": ("--tensor-model-parallel-size", "--objective", "--steps", "--cpu"),
     "examples/pretrain_gpt.py": ("--tensor-model-parallel-size", "--mile-objective", "--mile-cpu"),
     "examples/quickstart.py": ("--objectives", "--steps", "--tp", "--out", "--corpus"),
     "tools/evaluate.py": ("--load", "--data-prefix", "--token-frequency", "--output", "--cpu"),

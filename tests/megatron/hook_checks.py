@@ -97,6 +97,28 @@ def check_wrap_forward_step_is_idempotent() -> None:
     assert other.__wrapped__ is forward_step
 
 
+def check_wrap_forward_step_finds_the_model_by_its_name() -> None:
+    class Trainer:
+        def forward_step(self, data_iterator: object, model: object) -> Step:
+            return forward_step(data_iterator, model)
+
+    def bridge_step(state: object, data_iterator: object, model: object) -> Step:
+        return forward_step(data_iterator, model)
+
+    install(MILE)
+    model = build_model()
+    output, loss_func = wrap_forward_step(forward_step, MILE)(None, model)
+    expected = loss_func(output)[0]
+    Trainer.forward_step = wrap_forward_step(Trainer.forward_step, MILE)
+    for step, given in (
+        (functools.partial(wrap_forward_step(bridge_step, MILE), None), (None, model)),
+        (Trainer().forward_step, (None, model)),
+        (functools.partial(wrap_forward_step(forward_step, MILE), None), ()),
+    ):
+        output, loss_func = step(*given) if given else step(model=model)
+        assert torch.equal(loss_func(output)[0], expected)
+
+
 def check_settings_of_hook_and_forward_step_must_agree() -> None:
     install(MILE)
     step = wrap_forward_step(forward_step, ObjectiveConfig("mile", gamma=3.0))
@@ -130,15 +152,36 @@ def check_mask_is_the_one_that_the_host_counts() -> None:
 def check_refuse_settings_names_the_flag() -> None:
     calm = {"load": None, "use_distributed_optimizer": False}
     refusals.refuse_settings(Namespace(**calm), MILE)
-    for name, flag in (
-        ("logits_load_dir", "logits_load_dir"),
-        ("modelopt_enabled", "modelopt_enabled"),
-        ("hybrid_context_parallel", "--hybrid-context-parallel"),
-    ):
-        raises(MileError, flag, refusals.refuse_settings, Namespace(**calm, **{name: True}), MILE)
+    unused = {"export_real_quant_cfg": "None", "export_num_medusa_heads": 0}  # their defaults
+    refusals.refuse_settings(Namespace(**calm, **unused), MILE)
+    for name in refusals.REPLACED_LOSSES:
+        asked = Namespace(**calm, **{name: True})
+        raises(MileError, name, refusals.refuse_settings, asked, MILE)
+        refusals.refuse_settings(asked, None)
+    parallel = Namespace(**calm, hybrid_context_parallel=True)
+    raises(MileError, "--hybrid-context-parallel", refusals.refuse_settings, parallel, MILE)
     remat = Namespace(**calm, gtp_weight_remat_size=2)
     raises(MileError, "--mile-normalize local", refusals.refuse_settings, remat, MILE)
     refusals.refuse_settings(remat, ObjectiveConfig("mile", normalize="local"))
+
+
+def check_refuse_models_that_keep_their_loss() -> None:
+    model = build_model()
+    raises(MileError, "GPTModel does not take its loss", refusals.refuse_models, [model])
+    attach(model, MILE)
+    refusals.refuse_models([model])
+    # A setting of the development branch, which the model reads: no release has the path.
+    model.config.cross_entropy_loss_fusion = True
+    model.config.cross_entropy_fusion_impl = "linear"
+    raises(MileError, "use native", refusals.refuse_models, [model])
+
+
+def check_refuse_bert_even_if_it_inherits_the_hook() -> None:
+    install(MILE)
+    bert = type("BertModel", (GPTModel,), {})
+    model = build_model()
+    model.__class__ = bert
+    raises(MileError, "objective not applied: BertModel", refusals.refuse_models, [model])
 
 
 if __name__ == "__main__":

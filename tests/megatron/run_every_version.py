@@ -35,6 +35,7 @@ AREAS = {
     "fused_linear": "fused",
     "arguments": "arguments",
     "launcher": "launcher",
+    "core_loop": "bare loop",
 }
 
 

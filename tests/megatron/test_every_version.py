@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -57,6 +58,24 @@ def test_megatron_is_imported_from_one_place(
     ]
     assert not strangers
     assert ("megatron.training" in found["files"]) == (home / "training").is_dir()
+
+
+def test_core_loop_trains_without_megatron_training() -> None:
+    loop = HERE.parents[1] / "examples" / "core_loop.py"
+    done = torchrun(2, loop, "--tensor-model-parallel-size", "2", "--cpu", "--steps", "12")
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [
+        dict(part.rsplit(": ", 1) for part in line.split(" | ")[1:])
+        for line in done.stdout.splitlines()
+        if line.startswith("step ")
+    ]
+    first, last = ({key: float(x) for key, x in steps[at].items()} for at in (0, -1))
+    assert len(steps) == 12
+    assert last["lm loss"] < first["lm loss"] - 1
+    # w = 1 + H, and the model starts near the uniform distribution over 256 bytes.
+    assert first["mile weight"] == pytest.approx(1 + first["mile entropy"], abs=2e-4)
+    assert math.log(256) - 0.1 < first["mile entropy"] < math.log(256)
+    assert last["mile loss"] != last["lm loss"]
 
 
 @with_training
