@@ -17,6 +17,9 @@ import torch
 
 import megatron_mile
 
+OK = "ok"
+ABSENT = "absent: this wheel has no megatron.training; the launcher needs Megatron-LM's"
+
 
 def environment() -> list[tuple[str, str]]:
     """(name, version or state) of what a job meets on this machine."""
@@ -40,7 +43,7 @@ def _version(distribution: str, module: str | None = None) -> str:
 
 
 def check_host() -> list[tuple[str, str]]:
-    """(symbol, "ok" or what is wrong) for each symbol of Megatron that a job patches or calls."""
+    """(symbol, OK, ABSENT or what is wrong) for each symbol of Megatron that a job patches or calls."""
     from megatron_mile.integration import install, versions
     from megatron_mile.integration.errors import MileCompatError
 
@@ -48,11 +51,16 @@ def check_host() -> list[tuple[str, str]]:
     for symbol in (*versions.CORE, *versions.TRAINING):
         try:
             install.resolve(symbol)
-            state = "ok"
+            state = OK
         except MileCompatError as error:
-            state = str(error)
+            absent = symbol in versions.TRAINING and not _has_training()
+            state = ABSENT if absent else str(error)
         rows.append((f"{symbol.module}.{symbol.name}", state))
     return rows
+
+
+def _has_training() -> bool:
+    return importlib.util.find_spec("megatron.training") is not None
 
 
 def main() -> int:
@@ -68,7 +76,7 @@ def main() -> int:
     host = check_host()
     for name, state in host:
         print(f"  {name}  {state}")
-    return 0 if all(state == "ok" for _, state in host) else 1
+    return 0 if {state for _, state in host} <= {OK, ABSENT} else 1
 
 
 if __name__ == "__main__":

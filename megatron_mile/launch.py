@@ -52,7 +52,8 @@ def prepare(argv: list[str]) -> None:
         notes = [("cpu mode", reason), ("flags added", " ".join(added) or "none")]
         from megatron_mile.integration.hybrid_layers import use_local_layers
 
-        use_local_layers()
+        if use_local_layers():
+            notes.append(("hybrid layers", "hybrid_stack_spec is local: no Transformer Engine"))
     from megatron_mile.integration.job import hook_job
 
     hook_job(settings, notes)

@@ -11,22 +11,24 @@ from functools import partial
 from typing import Any
 
 
-def use_local_layers() -> None:
+def use_local_layers() -> bool:
     """Put local layers into Megatron's `hybrid_stack_spec`, unless there is Transformer Engine.
 
-    Does nothing for a Megatron without HybridModel.
+    Returns:
+        Whether it did; there is nothing to do for a Megatron without HybridModel.
     """
     try:
         from megatron.core.extensions.transformer_engine import HAVE_TE
         from megatron.core.models.hybrid import hybrid_block, hybrid_layer_specs
     except ImportError:
-        return
+        return False
     if HAVE_TE:
-        return
+        return False
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     hybrid_block.TENorm = WrappedTorchNorm
     _replace_layers(hybrid_layer_specs.hybrid_stack_spec.submodules)
+    return True
 
 
 def _replace_layers(stack: Any) -> None:

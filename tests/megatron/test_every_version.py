@@ -29,6 +29,7 @@ from training_runs import (
     torchrun,
 )
 
+from megatron_mile.integration import versions
 from megatron_mile.integration.arguments import add_arguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.compat]
@@ -58,6 +59,17 @@ def test_megatron_is_imported_from_one_place(
     ]
     assert not strangers
     assert ("megatron.training" in found["files"]) == (home / "training").is_dir()
+
+
+def test_report_finds_what_a_job_needs() -> None:
+    done = python("-m", "megatron_mile")
+    assert done.returncode == 0, done.stdout
+    rows = [line.split(maxsplit=1) for line in done.stdout.splitlines() if "megatron." in line]
+    absent = [name for name, state in rows if state.startswith("absent")]
+    has_training = importlib.util.find_spec("megatron.training") is not None
+    assert len(rows) == len(versions.CORE) + len(versions.TRAINING)
+    assert len(absent) == (0 if has_training else len(versions.TRAINING))
+    assert all(state == "ok" or name in absent for name, state in rows)
 
 
 def test_core_loop_trains_without_megatron_training() -> None:

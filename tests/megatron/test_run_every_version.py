@@ -69,7 +69,7 @@ def test_main_tells_what_failed(
     assert header.split()[:3] == ["version", "imported", "patching"]
     # The tests have run on that wheel, which lacks everything that they need.
     assert first.split()[:2] == [VERSION, VERSION]
-    assert first.count(" failed") == 5
+    assert first.count(" failed") == 6
     assert second.split()[:2] == ["0.0.2", "nothing"]
     assert last == f"failed: {VERSION}, 0.0.2"
 
