@@ -43,7 +43,7 @@ def _version(distribution: str, module: str | None = None) -> str:
 
 
 def check_host() -> list[tuple[str, str]]:
-    """(symbol, OK, ABSENT or what is wrong) for each symbol of Megatron that a job patches or calls."""
+    """(symbol, OK, ABSENT or what is wrong) for each symbol of Megatron that a job needs."""
     from megatron_mile.integration import install, versions
     from megatron_mile.integration.errors import MileCompatError
 

@@ -89,7 +89,10 @@ def test_patched_checkout_trains_without_the_launcher(tmp_path: Path) -> None:
 
     checkout = tmp_path / "checkout"
     shutil.copytree(os.environ["MEGATRON_LM_DIR"], checkout)
-    assert _apply(checkout).returncode == 0
+    applied = _apply(checkout)
+    if "-m megatron_mile.launch instead" in applied.stderr:
+        pytest.skip("no patch for the release of this checkout")
+    assert applied.returncode == 0, applied.stderr
     run = torchrun(2, checkout / "pretrain_gpt.py", *command_line(tmp_path / "run", TP2, MILE))
     assert run.returncode == 0, run.stderr[-3000:]
     assert "mile loss" in read_scalars(tmp_path / "run")
