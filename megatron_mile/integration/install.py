@@ -217,11 +217,12 @@ def _make_hook(
         if window.calls <= _mtp_heads(self):
             return host(self, labels, logits)
         group = tp_group(self)
-        check_shard(self, labels, tuple(logits.size()), group)
         targets = labels.transpose(0, 1)
         if isinstance(logits, DeferredLogits):
+            check_shard(self, labels, logits.shape(group), group)
             stats = logits.loss(targets, config, group, vocab_size)
         else:
+            check_shard(self, labels, tuple(logits.shape), group)
             stats = token_loss(logits, targets, config, group, inplace=True, vocab_size=vocab_size)
         stats = TokenLoss(*(field.transpose(0, 1).contiguous() for field in stats))
         window.put(stats, config)

@@ -31,9 +31,9 @@ class DeferredLogits:
     def __init__(self, layer: Any, hidden: torch.Tensor, weight: torch.Tensor) -> None:
         self.layer, self.hidden, self.weight = layer, hidden, weight
 
-    def size(self) -> tuple[int, ...]:
-        """The shape that the logits would have."""
-        parts = self.layer.tp_group.size() if self.layer.sequence_parallel else 1
+    def shape(self, group: ProcessGroup) -> tuple[int, ...]:
+        """The shape that the logits would have; `group` is the tensor-parallel one."""
+        parts = group.size() if self.layer.sequence_parallel else 1
         s, b, _ = self.hidden.shape
         return s * parts, b, self.weight.size(0)
 

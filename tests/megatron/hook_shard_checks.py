@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
+from unittest import mock
 
 import helpers
 import torch
 from hook_model import MASK, MILE, batch, build_model, forward, forward_step, gradients, run_checks
 from megatron.core import parallel_state
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-from megatron_mile import ObjectiveConfig, install, uninstall, wrap_forward_step
+from megatron_mile import ObjectiveConfig, attach, install, uninstall, wrap_forward_step
 
 # Measured on every version of megatron-core, the same digits: 9.6e-7, in the embedding's gradient.
 SAME = 2e-6
 
 
-def train(model: Any, config: ObjectiveConfig | None) -> tuple[torch.Tensor, Any]:
+def train(
+    model: Any, config: ObjectiveConfig | None, fused: bool = False
+) -> tuple[torch.Tensor, Any]:
     """Loss sum and report of one step, by the host or ours; leaves the gradients in the model."""
     uninstall()
     step = forward_step
     if config:
         install(config)
+        if fused:
+            attach(model, config, fused_linear=True)
         step = wrap_forward_step(step, config)
     output, loss_func = step(None, model)
     total, _, report = loss_func(output)
@@ -83,6 +90,45 @@ def check_mile_leaves_prediction_heads_to_the_host() -> None:
     heads = {name for name in host if name.startswith("mtp.")}
     assert heads
     assert {name for name in host if torch.equal(ours[name], host[name])} == heads
+
+
+def check_sequence_parallel_changes_nothing() -> None:
+    """Sequences split between the ranks: same report, same gradients of the matrices.
+
+    Gradients of norms and biases are those of a part, until Megatron joins them after the step.
+    """
+    plain = build_model(tensor_model_parallel_size=2)
+    _, expected = train(plain, MILE)
+    whole = gradients(plain)
+    joined = [name for name in whole if name.endswith("weight") and "norm" not in name]
+    joined.remove("embedding.position_embeddings.weight")
+    for fused in (False, True):
+        model = build_sequence_parallel()
+        _, report = train(model, MILE, fused)
+        ours = gradients(model)
+        for name, figure in expected.items():
+            assert helpers.error(report[name], figure) < SAME, (name, fused)
+        for name in joined:
+            assert helpers.error(ours[name], whole[name]) < SAME, (name, fused)
+
+
+def build_sequence_parallel() -> Any:
+    """The same model under sequence parallel.
+
+    Megatron takes torch's norms without it only: with it, those of Transformer Engine and apex,
+    which need a GPU. A norm looks at one token at a time, so torch's stand in for them here.
+    """
+    norm = WrappedTorchNorm.__new__
+
+    def unaware(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        return norm(cls, plain, *args, **kwargs)
+
+    with mock.patch.object(WrappedTorchNorm, "__new__", unaware):
+        model = build_model(tensor_model_parallel_size=2, sequence_parallel=True)
+    assert model.output_layer.sequence_parallel
+    return model
 
 
 if __name__ == "__main__":
