@@ -25,11 +25,13 @@ from hook_model import (
 )
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from megatron_mile import ObjectiveConfig, attach, install, uninstall, wrap_forward_step
 from megatron_mile.integration import refusals
 from megatron_mile.integration.errors import MileCompatError, MileError
 from megatron_mile.integration.install import METHOD, installed_config
+from megatron_mile.loss import TokenLoss
 
 
 def check_install_twice_replaces_the_settings() -> None:
@@ -182,6 +184,21 @@ def check_refuse_bert_even_if_it_inherits_the_hook() -> None:
     model = build_model()
     model.__class__ = bert
     raises(MileError, "objective not applied: BertModel", refusals.refuse_models, [model])
+
+
+def check_later_steps_never_wait_for_a_value() -> None:
+    """As full-iteration CUDA graphs need it: a tensor without values raises where one is read."""
+    install(MILE)
+    step, model = wrap_forward_step(forward_step, MILE), build_model()
+    output, loss_func = step(None, model)
+    loss_func(output)  # the first step compares the mask with the host's count
+    output, loss_func = step(None, model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        window = loss_func.args[1]
+        window.stats = TokenLoss(*map(mode.from_tensor, window.stats))
+        total, _, report = loss_func(mode.from_tensor(output))
+    assert isinstance(total, FakeTensor)
+    assert isinstance(report["mile loss"], FakeTensor)
 
 
 if __name__ == "__main__":

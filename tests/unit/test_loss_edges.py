@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import IGNORED, assert_close, oracle, run_loss
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.loss import token_loss
+from megatron_mile.loss import reduce_loss, token_loss
 
 MILE = ObjectiveConfig()
 
@@ -225,3 +226,16 @@ def test_token_loss_refuses_a_range_that_does_not_fit(vocab_range: tuple[int, in
 def test_token_loss_refuses_a_backend_that_is_not_there() -> None:
     with pytest.raises(ValueError, match="triton"):
         token_loss(torch.ones(1, 5), torch.tensor([0]), ObjectiveConfig(backend="triton"))
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["kept", "in place"])
+@pytest.mark.parametrize("objective", ["ce", "mile", "focal"])
+def test_token_loss_never_waits_for_a_value(objective: str, inplace: bool) -> None:
+    # As CUDA graphs need it: a tensor without values raises where one is read.
+    config = ObjectiveConfig(objective, backend="torch")
+    with FakeTensorMode():
+        leaf = torch.empty(2, 3, 50, requires_grad=True)
+        targets = torch.empty(2, 3, dtype=torch.long)
+        out = token_loss(leaf * 1, targets, config, inplace=inplace, vocab_size=40)
+        reduce_loss(out, mask=out.valid, config=config).backward()
+        assert leaf.grad is not None
