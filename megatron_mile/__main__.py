@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import platform
 import sys
 import warnings
@@ -47,6 +48,8 @@ def check_host() -> list[tuple[str, str]]:
     from megatron_mile.integration import install, versions
     from megatron_mile.integration.errors import MileCompatError
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault(*versions.IMPORT_WITHOUT_GPU)
     rows = []
     for symbol in (*versions.CORE, *versions.TRAINING):
         try:

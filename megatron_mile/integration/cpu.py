@@ -107,7 +107,7 @@ def enable() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron requires it for TP > 1
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # fused helpers run as the plain functions they wrap
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0")  # 0.15 compiles when it is imported
+    os.environ.setdefault(*versions.IMPORT_WITHOUT_GPU)
     _replace_cuda_functions(torch.Generator())
     if importlib.util.find_spec("megatron.training"):  # not in wheels before 0.17
         replace(versions.INITIALIZE, _without_cuda)

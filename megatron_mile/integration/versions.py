@@ -69,3 +69,6 @@ CHECK_CHECKPOINT = Symbol(
 TRAINING = (PRETRAIN, SETUP, ADD_ARGUMENTS, CHECK_CHECKPOINT)
 INITIALIZE = Symbol("megatron.training.initialize", "initialize_megatron", ("allow_no_cuda",))
 COMPILE_HELPERS = Symbol("megatron.core.datasets.utils", "compile_helpers")
+
+# Where there is no GPU, the import of 0.15 needs this in the environment: it compiles.
+IMPORT_WITHOUT_GPU = ("TORCH_CUDA_ARCH_LIST", "8.0")
