@@ -53,7 +53,7 @@ def prepare(argv: list[str]) -> None:
         from megatron_mile.integration.hybrid_layers import use_local_layers
 
         if use_local_layers():
-            notes.append(("hybrid layers", "hybrid_stack_spec is local: no Transformer Engine"))
+            notes.append(("hybrid spec", "local layers, as there is no Transformer Engine"))
     from megatron_mile.integration.job import hook_job
 
     hook_job(settings, notes)
