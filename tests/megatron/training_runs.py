@@ -176,10 +176,14 @@ def torchrun(world_size: int, *arguments: object) -> subprocess.CompletedProcess
 
 
 def environment() -> dict[str, str]:
-    """One thread a rank, gloo on the loopback interface, and the commands of this Python."""
+    """One thread a rank, gloo on the loopback interface, and the commands of this Python.
+
+    Those of the Python below a virtual environment too: Megatron's Makefile asks python3-config.
+    """
     names = [name for _, name in socket.if_nameindex()]
     loopback = next(name for name in names if name.startswith("lo"))
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    commands = (str(Path(sys.executable).parent), str(Path(sys.base_prefix, "bin")))
+    path = os.pathsep.join([*commands, os.environ.get("PATH", "")])
     return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback, "PATH": path}
 
 
