@@ -239,5 +239,6 @@ def _mtp_heads(model: Any) -> int:
     GPTModel computes them on the last stage wherever its MTP layers are, HybridModel only where
     they are (`_postprocess` and `forward` of 0.19.2).
     """
-    here = getattr(model, "mtp_process", False) or type(model).__name__ == "GPTModel"
+    is_gpt = "GPTModel" in {base.__name__ for base in type(model).__mro__}
+    here = getattr(model, "mtp_process", False) or is_gpt
     return (model.config.mtp_num_layers or 0) if here else 0

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.integration import versions
 from megatron_mile.integration.errors import MileError
 from megatron_mile.integration.models import data_group, unwrap
 from megatron_mile.integration.telemetry import LM_LOSS, report_with_objective, token_count
@@ -100,8 +101,9 @@ def wrap_forward_step(
         forward_step: As handed to Megatron's `pretrain` or schedules: takes (data_iterator, model)
             and returns (output_tensor, loss_func), where output_tensor is the loss per token
             [b, s] on the last pipeline stage and loss_func turns it into
-            (loss_sum, num_tokens, report) or (loss, report). With other parameters the model is
-            the one named `model`, as in Megatron-Bridge's (state, data_iterator, model).
+            (loss_sum, num_tokens, report) or (loss, report). It may take more, as Megatron-Bridge's
+            (state, data_iterator, model): the model is the argument of that name, else the first
+            that is a torch module.
         config: The objective that `install` or `attach` was given.
 
     Returns:
@@ -114,8 +116,7 @@ def wrap_forward_step(
     if earlier is not None:
         forward_step = forward_step.__wrapped__  # type: ignore[attr-defined]
     reduction = _Reduction(config)
-    names = list(inspect.signature(forward_step).parameters)
-    position = names.index("model") if "model" in names else 1
+    signature = inspect.signature(forward_step)
 
     @functools.wraps(forward_step)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -123,11 +124,30 @@ def wrap_forward_step(
             output, loss_func = forward_step(*args, **kwargs)
         if loss_func is None:
             return output, loss_func
-        model = kwargs["model"] if "model" in kwargs else args[position]
+        model = _model_among(signature.bind(*args, **kwargs))
         return output, functools.partial(reduction, loss_func, window, model)
 
     wrapped.__megatron_mile__ = config  # type: ignore[attr-defined]
     return wrapped
+
+
+def _model_among(given: inspect.BoundArguments) -> Any:
+    """The model that a forward step was called with.
+
+    Raises:
+        MileError: There is none.
+    """
+    given.apply_defaults()  # also those that functools.partial has set
+    named = {**given.arguments, **given.kwargs}
+    if "model" in named:
+        return named["model"]
+    values = (*given.args, *given.kwargs.values())
+    model = next((value for value in values if isinstance(value, torch.nn.Module)), None)
+    if model is None:
+        raise MileError(
+            f"forward_step{given.signature} was called without a model; name that parameter model"
+        )
+    return model
 
 
 class _Reduction:
@@ -188,7 +208,8 @@ def _alpha_group(model: Any, normalize: str) -> ProcessGroup | None:
     """
     if normalize not in ("global", "official"):
         return None
-    if getattr(unwrap(model).config, "hybrid_context_parallel", False):
+    settings = unwrap(model).config
+    if any(getattr(settings, name, False) for name in versions.UNEQUAL_MICROBATCHES):
         raise MileError(
             f"normalize {normalize} cannot be combined with hybrid context parallel: ranks may run "
             "different numbers of micro-batches; use local or none"

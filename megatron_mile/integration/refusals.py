@@ -80,8 +80,10 @@ def refuse_unequal_microbatches(args: Namespace, config: ObjectiveConfig) -> Non
     if config.normalize not in ("global", "official"):
         return
     reason = None
-    if getattr(args, "hybrid_context_parallel", False):
-        reason = "--hybrid-context-parallel: ranks may run different numbers of micro-batches"
+    resized = [name for name in versions.UNEQUAL_MICROBATCHES if getattr(args, name, False)]
+    if resized:
+        flag = "--" + resized[0].replace("_", "-")
+        reason = f"{flag}: ranks may run different numbers of micro-batches"
     elif (getattr(args, "gtp_weight_remat_size", 1) or 1) > 1:
         reason = "GTP weight rematerialisation: Megatron counts tokens over another group"
     if reason:

@@ -58,6 +58,8 @@ MODELS = (
 GROUP_COLLECTIONS = ("pg_collection", "model_comm_pgs")
 # Models whose loss function is not the language-model one.
 UNSUPPORTED_MODELS = ("BertModel", "T5Model")
+# Settings that give ranks different numbers of micro-batches: to 0.20, and the dev branch's name.
+UNEQUAL_MICROBATCHES = ("hybrid_context_parallel", "dynamic_context_parallel")
 
 # For a whole job. Wheels before 0.17 have no megatron.training, Megatron-LM always has.
 PRETRAIN = Symbol("megatron.training.training", "pretrain", ("forward_step_func",))

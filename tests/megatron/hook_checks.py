@@ -33,6 +33,20 @@ from megatron_mile.integration.errors import MileCompatError, MileError
 from megatron_mile.integration.install import METHOD, installed_config
 from megatron_mile.loss import TokenLoss
 
+# Spelled out, so that one that goes missing is missed.
+REPLACED_LOSSES = (
+    "overlap_moe_expert_parallel_comm",
+    "use_legacy_models",
+    "logits_load_dir",
+    "logits_save_dir",
+    "export_kd_teacher_load",
+    "export_quant_cfg",
+    "export_real_quant_cfg",
+    "export_num_medusa_heads",
+    "export_num_eagle_layers",
+    "modelopt_enabled",
+)
+
 
 def check_install_twice_replaces_the_settings() -> None:
     install(ObjectiveConfig("ce"))
@@ -107,6 +121,12 @@ def check_wrap_forward_step_finds_the_model_by_its_name() -> None:
     def bridge_step(state: object, data_iterator: object, model: object) -> Step:
         return forward_step(data_iterator, model)
 
+    def unnamed_step(state: object, data_iterator: object, gpt: object) -> Step:
+        return forward_step(data_iterator, gpt)
+
+    def any_step(*args: object, **kwargs: object) -> Step:
+        return forward_step(*args[-2:], **kwargs)
+
     install(MILE)
     model = build_model()
     output, loss_func = wrap_forward_step(forward_step, MILE)(None, model)
@@ -116,9 +136,15 @@ def check_wrap_forward_step_finds_the_model_by_its_name() -> None:
         (functools.partial(wrap_forward_step(bridge_step, MILE), None), (None, model)),
         (Trainer().forward_step, (None, model)),
         (functools.partial(wrap_forward_step(forward_step, MILE), None), ()),
+        (wrap_forward_step(unnamed_step, MILE), (None, None, model)),
+        (wrap_forward_step(any_step, MILE), (None, None, model)),
+        (functools.partial(wrap_forward_step(any_step, MILE), None), ()),
+        (wrap_forward_step(functools.partial(forward_step, model=model), MILE), (None,)),
     ):
         output, loss_func = step(*given) if given else step(model=model)
         assert torch.equal(loss_func(output)[0], expected)
+    nobody = wrap_forward_step(lambda *args: forward_step(None, model), MILE)
+    raises(MileError, "forward_step(*args) was called without a model", nobody, None)
 
 
 def check_settings_of_hook_and_forward_step_must_agree() -> None:
@@ -156,12 +182,14 @@ def check_refuse_settings_names_the_flag() -> None:
     refusals.refuse_settings(Namespace(**calm), MILE)
     unused = {"export_real_quant_cfg": "None", "export_num_medusa_heads": 0}  # their defaults
     refusals.refuse_settings(Namespace(**calm, **unused), MILE)
-    for name in refusals.REPLACED_LOSSES:
+    for name in REPLACED_LOSSES:
         asked = Namespace(**calm, **{name: True})
         raises(MileError, name, refusals.refuse_settings, asked, MILE)
         refusals.refuse_settings(asked, None)
-    parallel = Namespace(**calm, hybrid_context_parallel=True)
-    raises(MileError, "--hybrid-context-parallel", refusals.refuse_settings, parallel, MILE)
+    for name in ("hybrid", "dynamic"):  # the development branch's name for it
+        parallel = Namespace(**calm, **{f"{name}_context_parallel": True})
+        flag = f"--{name}-context-parallel: ranks may"
+        raises(MileError, flag, refusals.refuse_settings, parallel, MILE)
     remat = Namespace(**calm, gtp_weight_remat_size=2)
     raises(MileError, "--mile-normalize local", refusals.refuse_settings, remat, MILE)
     refusals.refuse_settings(remat, ObjectiveConfig("mile", normalize="local"))

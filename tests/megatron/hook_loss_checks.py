@@ -24,6 +24,7 @@ from hook_model import (
     raises,
     run_checks,
 )
+from megatron.core.models.gpt import GPTModel
 
 from megatron_mile import ObjectiveConfig, attach, install, token_loss, wrap_forward_step
 from megatron_mile.integration.errors import MileError
@@ -134,6 +135,12 @@ def check_prediction_heads_keep_the_hosts_loss() -> None:
     assert torch.equal(second, host)
     assert torch.equal(main, weighted)
     raises(MileError, "wrap_forward_step", step, None, model)
+    # GPTModel computes them on its last stage wherever they are, and so does what inherits from it.
+    model.mtp_process = False
+    model.__class__ = type("ModelOfAFork", (GPTModel,), {})
+    (_, second, main), _ = wrap_forward_step(step, MILE)(None, model)
+    assert torch.equal(second, host)
+    assert torch.equal(main, weighted)
 
 
 def check_backward_refuses_a_loss_that_nobody_normalised() -> None:
