@@ -32,15 +32,27 @@ def environment() -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("GPU", gpu),
         *((name, _version(name)) for name in ("triton", "transformer_engine", "apex")),
-        ("megatron-core", _version("megatron-core", "megatron")),
+        ("megatron-core", _megatron()),
     ]
 
 
-def _version(distribution: str, module: str | None = None) -> str:
+def _version(distribution: str) -> str:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return "found" if importlib.util.find_spec(module or distribution) else "not installed"
+        return "found" if importlib.util.find_spec(distribution) else "not installed"
+
+
+def _megatron() -> str:
+    from megatron_mile.integration import install, versions
+    from megatron_mile.integration.errors import MileCompatError
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault(*versions.IMPORT_WITHOUT_GPU)
+    try:
+        return install.host_version()
+    except MileCompatError:
+        return "not installed"  # the table below says why
 
 
 def check_host() -> list[tuple[str, str]]:
@@ -48,8 +60,6 @@ def check_host() -> list[tuple[str, str]]:
     from megatron_mile.integration import install, versions
     from megatron_mile.integration.errors import MileCompatError
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault(*versions.IMPORT_WITHOUT_GPU)
     rows = []
     for symbol in (*versions.CORE, *versions.TRAINING):
         try:

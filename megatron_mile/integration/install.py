@@ -169,6 +169,13 @@ def _import(name: str) -> types.ModuleType:
         ) from error
 
 
+def host_version() -> str:
+    """Version and folder of what is imported: a checkout may lie in front of a wheel."""
+    core: Any = _import("megatron.core")
+    # The suffix is the commit of whatever repository the folder lies in.
+    return f"{core.__version__.split('+')[0]} in {core.__path__[0]}"
+
+
 def _drift(expected: str, found: Any) -> MileCompatError:
     import megatron.core
 

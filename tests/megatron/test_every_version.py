@@ -64,7 +64,10 @@ def test_megatron_is_imported_from_one_place(
 def test_report_finds_what_a_job_needs() -> None:
     done = python("-m", "megatron_mile")
     assert done.returncode == 0, done.stdout
-    rows = [line.split(maxsplit=1) for line in done.stdout.splitlines() if "megatron." in line]
+    lines = done.stdout.splitlines()
+    (found,) = [line.split()[1] for line in lines if line.startswith("megatron-core")]
+    assert found == metadata.version("megatron-core")
+    rows = [line.split(maxsplit=1) for line in lines if "megatron." in line]
     absent = [name for name, state in rows if state.startswith("absent")]
     has_training = importlib.util.find_spec("megatron.training") is not None
     assert len(rows) == len(versions.CORE) + len(versions.TRAINING)
