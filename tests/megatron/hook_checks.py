@@ -216,12 +216,16 @@ def check_refuse_bert_even_if_it_inherits_the_hook() -> None:
 
 def check_later_steps_never_wait_for_a_value() -> None:
     """As full-iteration CUDA graphs need it: a tensor without values raises where one is read."""
-    install(MILE)
-    step, model = wrap_forward_step(forward_step, MILE), build_model()
+    config = ObjectiveConfig("mile", backend="torch")  # the blocks of the CPU's look at values
+    install(config)
+    step, model = wrap_forward_step(forward_step, config), build_model()
     output, loss_func = step(None, model)
     loss_func(output)  # the first step compares the mask with the host's count
     output, loss_func = step(None, model)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        logits = mode.from_tensor(torch.zeros(S, B, V, requires_grad=True))
+        loss = getattr(model, METHOD)(mode.from_tensor(batch()[1]), logits * 1)
+        assert isinstance(loss, FakeTensor)
         window = loss_func.args[1]
         window.stats = TokenLoss(*map(mode.from_tensor, window.stats))
         total, _, report = loss_func(mode.from_tensor(output))
