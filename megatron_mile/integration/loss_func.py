@@ -214,6 +214,11 @@ def _alpha_group(model: Any, normalize: str) -> ProcessGroup | None:
             f"normalize {normalize} cannot be combined with hybrid context parallel: ranks may run "
             "different numbers of micro-batches; use local or none"
         )
+    if (getattr(settings, "gtp_weight_remat_size", 1) or 1) > 1:
+        raise MileError(
+            f"normalize {normalize} cannot be combined with GTP weight rematerialisation: Megatron "
+            "counts tokens over another group; use local or none"
+        )
     return data_group(model)
 
 

@@ -147,6 +147,21 @@ def check_wrap_forward_step_finds_the_model_by_its_name() -> None:
     raises(MileError, "forward_step(*args) was called without a model", nobody, None)
 
 
+def check_alpha_over_ranks_needs_equal_micro_batches() -> None:
+    """Without the launcher, which asks the flags, the built model is asked."""
+    for name in ("hybrid_context_parallel", "dynamic_context_parallel", "gtp_weight_remat_size"):
+        for normalize in ("global", "local"):
+            config = ObjectiveConfig("mile", normalize=normalize)
+            model = build_model()
+            setattr(model.config, name, 2)
+            attach(model, config)
+            output, loss_func = wrap_forward_step(forward_step, config)(None, model)
+            if normalize == "global":
+                raises(MileError, "normalize global cannot be combined", loss_func, output)
+            else:
+                loss_func(output)
+
+
 def check_settings_of_hook_and_forward_step_must_agree() -> None:
     install(MILE)
     step = wrap_forward_step(forward_step, ObjectiveConfig("mile", gamma=3.0))
