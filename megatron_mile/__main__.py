@@ -7,11 +7,13 @@ Usage:
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import platform
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import metadata
 
 import torch
@@ -60,20 +62,21 @@ def check_host() -> list[tuple[str, str]]:
     from megatron_mile.integration import install, versions
     from megatron_mile.integration.errors import MileCompatError
 
+    def state_of(check: Callable[[], object]) -> str:
+        try:
+            check()
+        except MileCompatError as error:
+            return str(error)
+        return OK
+
+    find = importlib.util.find_spec
+    wheel_without = bool(find("megatron")) and not find("megatron.training")
     rows = []
     for symbol in (*versions.CORE, *versions.TRAINING):
-        try:
-            install.resolve(symbol)
-            state = OK
-        except MileCompatError as error:
-            absent = symbol in versions.TRAINING and not _has_training()
-            state = ABSENT if absent else str(error)
+        absent = symbol in versions.TRAINING and wheel_without
+        state = ABSENT if absent else state_of(functools.partial(install.resolve, symbol))
         rows.append((f"{symbol.module}.{symbol.name}", state))
-    return rows
-
-
-def _has_training() -> bool:
-    return importlib.util.find_spec("megatron.training") is not None
+    return [*rows, ("models that take their loss from it", state_of(install.loss_owner))]
 
 
 def main() -> int:

@@ -49,7 +49,8 @@ def refuse_replaced_loss(args: Namespace) -> None:
         value = getattr(args, name, None)
         if value not in (None, False, 0, "None"):
             raise MileError(
-                f"{name} is {value}, which cannot be combined with --mile-objective: {reason}; "
+                f"--{name.replace('_', '-')} {value} cannot be combined with --mile-objective: "
+                f"{reason}; "
                 "leave one of them out"
             )
 

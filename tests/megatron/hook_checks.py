@@ -199,7 +199,8 @@ def check_refuse_settings_names_the_flag() -> None:
     refusals.refuse_settings(Namespace(**calm, **unused), MILE)
     for name in REPLACED_LOSSES:
         asked = Namespace(**calm, **{name: True})
-        raises(MileError, name, refusals.refuse_settings, asked, MILE)
+        flag = "--" + name.replace("_", "-")
+        raises(MileError, flag, refusals.refuse_settings, asked, MILE)
         refusals.refuse_settings(asked, None)
     for name in ("hybrid", "dynamic"):  # the development branch's name for it
         parallel = Namespace(**calm, **{f"{name}_context_parallel": True})
