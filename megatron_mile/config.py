@@ -11,6 +11,7 @@ import textwrap
 from typing import Any
 
 from megatron_mile.objectives import OBJECTIVES
+from megatron_mile.objectives.emo import MODES
 
 
 def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -23,7 +24,7 @@ def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) ->
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is optimised: loss_t = alpha * w(nll_t, H_t) * nll_t, and with which backend.
+    """What is optimised: loss_t = alpha * w(nll_t, H_t) * nll_t or EMO, and with which backend.
 
     Raises:
         ValueError: A number is not finite or is negative, a name is unknown, or entropy_grad is
@@ -34,14 +35,15 @@ class ObjectiveConfig:
         "mile",
         "weight w of a token's cross-entropy: ce w = 1; mile w = (sigma + H)^gamma with H the "
         "entropy of the model's distribution in nats; focal w = (1 - p_y)^gamma with p_y the "
-        "target's probability",
+        "target's probability; emo w = 1, and cross-entropy is mixed with the distance of the "
+        "model's distribution from the target in an embedding",
         choices=tuple(OBJECTIVES),
     )
     gamma: float = _setting(
-        1.0, "exponent of the weight, no unit, >= 0; 0 is plain cross-entropy, unused by ce"
+        1.0, "exponent of the weight, no unit, >= 0; 0 is plain cross-entropy, unused by ce and emo"
     )
     sigma: float = _setting(
-        1.0, "added to the entropy in the mile weight, nats, >= 0; unused by ce and focal"
+        1.0, "added to the entropy in the mile weight, nats, >= 0; used by mile alone"
     )
     normalize: str = _setting(
         "global",
@@ -54,7 +56,7 @@ class ObjectiveConfig:
     entropy_grad: bool = _setting(
         False,
         "let the gradient flow through the entropy in the mile weight instead of holding the "
-        "weight constant; no effect with ce and focal, whose weights do not contain the entropy",
+        "weight constant; no effect with the others, whose weights do not contain the entropy",
     )
     backend: str = _setting(
         "auto",
@@ -62,9 +64,27 @@ class ObjectiveConfig:
         "PyTorch, triton the Triton kernel",
         choices=("auto", "torch", "triton"),
     )
+    emo_mode: str = _setting(
+        "1",
+        "how emo mixes nll and distance D, ratios held constant: 1 (nll + (nll / D) D) / 2, of the "
+        "value of nll; 2 (D / nll) nll + D; alone D",
+        choices=MODES,
+    )
+    emo_gt_q: bool = _setting(
+        False,
+        "take D + p_y for D in modes 1 and 2 of emo, with the gradient of D alone, as the authors' "
+        "emo_patch.py since 2023-11-21",
+    )
+    emo_cap: float = _setting(
+        0.0,
+        "largest ratio nll / D in mode 1 of emo, no unit, >= 0; 0 is no cap, 3 that of the "
+        "authors' package EMOLoss 0.0.3",
+    )
 
     def __post_init__(self) -> None:
         """Check every field by the kind of its default, then the fields together."""
+        if type(self.emo_mode) is int:
+            object.__setattr__(self, "emo_mode", str(self.emo_mode))
         for setting in dataclasses.fields(self):
             value = getattr(self, setting.name)
             if "choices" in setting.metadata:

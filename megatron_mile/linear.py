@@ -75,8 +75,11 @@ def linear_token_loss(
             its hooks.
 
     Raises:
-        ValueError: Shapes, dtypes, the vocabulary's range or size do not fit.
+        ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, or the objective is
+            emo.
     """
+    if config.objective == "emo":
+        raise ValueError("objective emo has no form without logits; use token_loss")
     _check_tensors(hidden, weight, targets, group_size(tp_group) if sequence_parallel else 1)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; expected 1 or more")
@@ -86,7 +89,7 @@ def linear_token_loss(
     setting = _Setting(config, end - start, tp_group, chunk_tokens, sequence_parallel)
     main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
     fields = _LinearLoss.apply(hidden, weight, local, valid, setting, main_grad)
-    return TokenLoss._make([*fields, valid])
+    return TokenLoss._make([*fields, valid, None])
 
 
 class _LinearLoss(torch.autograd.Function):

@@ -2,7 +2,8 @@
 
 The forward reads the logits once and exchanges four numbers per token over the tensor-parallel
 group; the backward reads them once, writes the gradient once, and exchanges nothing. What is saved
-for it is the logits themselves and a few numbers per token.
+for it is the logits themselves and a few numbers per token. EMO has a node of its own, in
+`transport`.
 """
 
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from megatron_mile.ops import dispatch
 from megatron_mile.parallel import ProcessGroup
 from megatron_mile.parallel.tokens import masked, normaliser
 from megatron_mile.parallel.vocab import local_targets, shard_range
+from megatron_mile.transport import SPENT, CostRows, TargetCosts, TransportLoss
 from megatron_mile.weighting import scale_coefficients, weigh_shard
 
 
@@ -26,15 +28,17 @@ class TokenLoss(NamedTuple):
     """
 
     loss: torch.Tensor
-    """w * nll, not normalised."""
+    """w * nll, not normalised; for emo the sum that its mode makes of nll and distance."""
     nll: torch.Tensor
     """Plain cross-entropy -ln p_y, nats."""
     entropy: torch.Tensor
     """H = -sum_j p_j ln p_j, nats."""
     weight: torch.Tensor
-    """w."""
+    """w; 1 for emo."""
     valid: torch.Tensor
     """bool: the target is not ignore_index."""
+    emo: torch.Tensor | None = None
+    """DEMD, the distance of the objective emo, no unit, in [0, 2]; None for the others."""
 
 
 def token_loss(
@@ -46,8 +50,9 @@ def token_loss(
     ignore_index: int = -100,
     inplace: bool = False,
     vocab_size: int | None = None,
+    cost: CostRows | TargetCosts | None = None,
 ) -> TokenLoss:
-    """Return the weighted loss of every token: w(nll, H) * nll.
+    """Return the loss of every token: w(nll, H) * nll, or EMO's.
 
     A target that is neither `ignore_index` nor held by a shard gives a loss and gradient of NaN,
     so that the host's NaN check stops the job. A token that is ignored, or whose incoming gradient
@@ -67,12 +72,17 @@ def token_loss(
         vocab_size: Ids from here on are padding: their columns are left out of the softmax, so of
             nll and entropy, and get gradient 0, and no target may name them. None counts all
             columns, as Megatron does.
+        cost: This shard's rows of the cost matrix, one for each column of the logits; for the
+            objective emo and no other. With what `CostRows.fetch` returned for these targets the
+            exchange of rows has begun earlier. EMO keeps the cosines where the gradient will lie;
+            with `inplace` there is no such tensor, and the backward computes them once more.
 
     Raises:
-        ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, or the logits overlap
-            in memory and `inplace` is set.
+        ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, the logits overlap
+            in memory and `inplace` is set, or the objective lacks a cost or has none.
     """
     _check_tensors(logits, targets)
+    _check_cost(logits, targets, config, cost)
     if inplace and _overlaps(logits):
         raise ValueError(
             f"inplace=True with logits that overlap in memory (strides {tuple(logits.stride())}); "
@@ -81,9 +91,13 @@ def token_loss(
     start, end = shard_range(logits.size(-1), vocab_range, tp_group, vocab_size)
     local = local_targets(targets, start, end)
     valid = valid_targets(targets, ignore_index)
-    columns = end - start
-    fields = _WeightedLoss.apply(logits, local, valid, columns, config, tp_group, inplace)
-    return TokenLoss._make([*fields, valid])
+    settings = logits, local, valid, end - start, config, tp_group, inplace
+    if cost is None:
+        return TokenLoss._make([*_WeightedLoss.apply(*settings), valid, None])
+    if isinstance(cost, CostRows):
+        cost = cost.fetch(targets, tp_group, vocab_range)
+    *fields, distance = TransportLoss.apply(*settings, cost)
+    return TokenLoss._make([*fields, valid, distance])
 
 
 def reduce_loss(
@@ -150,10 +164,7 @@ class _WeightedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient in the logits' dtype, over the logits' storage if in place."""
         if ctx.spent:
-            raise RuntimeError(
-                "token_loss(inplace=True) has already written its gradient over the logits; use "
-                "inplace=False to run the backward twice"
-            )
+            raise RuntimeError(SPENT)
         logits, targets, m, coefficients = ctx.saved_tensors
         scaled = scale_coefficients(coefficients, grad, m.dtype)
         ctx.spent = ctx.inplace
@@ -186,6 +197,33 @@ def _check_tensors(logits: torch.Tensor, targets: torch.Tensor) -> None:
         raise ValueError(
             f"targets have shape {tuple(targets.shape)} and logits {tuple(logits.shape)}; expected "
             "the logits' shape without its last dimension"
+        )
+
+
+def _check_cost(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    config: ObjectiveConfig,
+    cost: CostRows | TargetCosts | None,
+) -> None:
+    """Raise ValueError unless emo has a cost row per column, and no other objective has any."""
+    if (cost is None) == (config.objective == "emo"):
+        given = "no cost" if cost is None else f"a {type(cost).__name__}"
+        raise ValueError(
+            f"objective {config.objective} with {given}; expected cost=CostRows(rows [V/tp, d]) "
+            "for emo, and none for the others"
+        )
+    if isinstance(cost, TargetCosts):
+        if cost.shape != targets.shape:
+            raise ValueError(
+                f"cost was fetched for targets {tuple(cost.shape)}; expected those of this call, "
+                f"{tuple(targets.shape)}"
+            )
+        cost = cost.cost
+    if cost is not None and (len(cost.unit), cost.unit.device) != (logits.size(-1), logits.device):
+        raise ValueError(
+            f"cost has {len(cost.unit)} rows on {cost.unit.device} for {logits.size(-1)} columns "
+            f"of logits on {logits.device}; expected one for each, on the same device"
         )
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.objectives import OBJECTIVES
+from megatron_mile.objectives import OBJECTIVES, emo
 from megatron_mile.parallel import ProcessGroup
 from megatron_mile.parallel.vocab import join_stats
 
@@ -81,3 +81,38 @@ def rebase(coefficients: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     scale = shift.exp()
     flat = scale * (flat + tilts[0] * shift if tilts else flat)
     return torch.stack([flat, peak, *(scale * tilt for tilt in tilts)])
+
+
+def weigh_transport(
+    shard: torch.Tensor, valid: torch.Tensor, config: ObjectiveConfig, group: ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return EMO's loss per token and the coefficients of this shard's gradient; one all_gather.
+
+    With q = e^(z-m) / S, and a and b the factors of `emo.mix`, the gradient is
+    a (q - 1_y) + b q (c - DEMD) = e^(z-m) (flat + slope (c - DEMD)) - a 1_y. nll is made of R, the
+    mass beside the target, because mode 2 divides by it where it is small.
+
+    Args:
+        shard: (m, S, T, z_y, R, D) of this shard, contiguous [6, ...].
+        valid: bool [...]; other tokens get 0 throughout.
+        config: The objective.
+        group: Tensor-parallel group; None for this rank alone.
+
+    Returns:
+        (loss, nll, entropy, weight, DEMD), [5, ...] in the dtype of `shard`; and (flat, peak,
+        slope) as `Transport.transport_block_backward` takes them, fp64 [3, ...].
+    """
+    m, total, moment, z_y, rest, paid = join_stats(shard, group)
+    nll = torch.logaddexp(rest.log() - (z_y - m), torch.zeros_like(m))
+    entropy = (total.log() - moment / total).clamp(min=0)
+    total = rest + torch.exp(z_y - m)
+    distance = paid / total
+    mixed = emo.mix(nll, distance, config)
+    weight = emo.weight(nll, entropy, config)
+    fields = torch.stack([mixed.loss, nll, entropy, weight, distance])
+    flat, slope = mixed.of_nll / total, mixed.of_distance / total
+    peak = mixed.of_nll * torch.expm1(-nll) - mixed.of_distance * torch.exp(-nll) * distance
+    shift = shard[0] - m
+    scale = torch.where(shift > -torch.inf, shift, 0).exp()  # no finite logit: any finite shift
+    coefficients = torch.stack([scale * flat, peak, scale * slope])
+    return fields.masked_fill(~valid, 0).to(shard.dtype), coefficients.masked_fill(~valid, 0)

@@ -231,7 +231,8 @@ def _make_hook(
         else:
             check_shard(self, labels, tuple(logits.shape), group)
             stats = token_loss(logits, targets, config, group, inplace=True, vocab_size=vocab_size)
-        stats = TokenLoss(*(field.transpose(0, 1).contiguous() for field in stats))
+        fields = (None if x is None else x.transpose(0, 1).contiguous() for x in stats)
+        stats = TokenLoss._make(fields)
         window.put(stats, config)
         return stats.loss
 

@@ -1,8 +1,9 @@
-"""What is optimised: the weight of a token's cross-entropy, as a pure function of statistics.
+"""What is optimised, as a pure function of a token's statistics: the weight of its cross-entropy.
 
 An objective is a module with `weight` and `weight_slope` (see `Objective`), so a new one is a file
-here and a line in `OBJECTIVES`. No kernel, no collective and nothing of the host may live here,
-and nothing of this package is imported but the configuration.
+here and a line in `OBJECTIVES`; `emo` has a `mix` beside them, for a second term. No kernel, no
+collective and nothing of the host may live here, and nothing of this package is imported but the
+configuration.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from megatron_mile.objectives import focal, mile
+from megatron_mile.objectives import emo, focal, mile
 
 if TYPE_CHECKING:
     from megatron_mile.config import ObjectiveConfig
@@ -51,4 +52,4 @@ class _CrossEntropy:
         return torch.zeros_like(entropy)
 
 
-OBJECTIVES: dict[str, Objective] = {"ce": _CrossEntropy(), "mile": mile, "focal": focal}
+OBJECTIVES: dict[str, Objective] = {"ce": _CrossEntropy(), "mile": mile, "focal": focal, "emo": emo}

@@ -1,10 +1,13 @@
-"""Which implementation of the token statistics runs, and why."""
+"""Which implementation of the token statistics and of the transport runs, and why."""
 
 import os
 
 import torch
 
 from megatron_mile.ops.token_stats import TokenStats, chunked, reference
+from megatron_mile.ops.transport import Transport
+from megatron_mile.ops.transport import chunked as chunked_transport
+from megatron_mile.ops.transport import reference as plain_transport
 
 
 def select(
@@ -43,6 +46,17 @@ def select(
     if backend == "auto":
         return reference, f"plain torch on {device.type}: {obstacle}"
     raise ValueError(f"backend is 'triton', but {obstacle}; use auto or torch")
+
+
+def transport_beside(stats: TokenStats) -> Transport:
+    """Return the implementation of the transport that belongs to one that `select` returned."""
+    if stats is reference:
+        return plain_transport
+    if stats is chunked:
+        return chunked_transport
+    from megatron_mile.ops.transport import kernel
+
+    return kernel
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -1,6 +1,7 @@
 """Where the data is split: the only collectives in the library.
 
-`vocab` joins statistics over the tensor-parallel group, `tokens` the normaliser over the data- and
+`vocab` joins statistics over the tensor-parallel group, `rows` looks rows up there, `hidden`
+gathers and reduces hidden states, and `tokens` joins the normaliser over the data- and
 context-parallel group. No objective, no kernel and nothing of the host may live here.
 """
 

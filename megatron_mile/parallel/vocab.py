@@ -62,15 +62,15 @@ def join_stats(stats: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
     """Join the token statistics of all shards, with one all_gather (none for one rank).
 
     The shards are added in rank order, so that all ranks hold the same bits, and in fp64, which
-    costs little for four numbers per token.
+    costs little for some numbers per token.
 
     Args:
-        stats: This shard's (m, S, T, z_y), contiguous [4, ...].
+        stats: This shard's (m, S, T, z_y), contiguous [4, ...], and any further sums of e^(z-m)
+            times something, [4 + n, ...].
         group: Tensor-parallel group; None for this rank alone.
 
     Returns:
-        (m, S, T, z_y) of the whole vocabulary, fp64 [4, ...]; z_y is NaN where no shard holds the
-        target.
+        The same of the whole vocabulary, fp64; z_y is NaN where no shard holds the target.
     """
     size = group_size(group)
     if size == 1:
@@ -81,11 +81,12 @@ def join_stats(stats: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
 
 
 def merge_stats(shards: torch.Tensor) -> torch.Tensor:
-    """Merge the statistics of shards: [R, 4, ...] to fp64 [4, ...], added in order of R.
+    """Merge the statistics of shards: [R, 4 + n, ...] to fp64 [4 + n, ...], added in order of R.
 
-    With a_r = e^(m_r - m): m = max m_r, S = sum a_r S_r, T = sum a_r (T_r + (m_r - m) S_r).
+    With a_r = e^(m_r - m): m = max m_r, S = sum a_r S_r, T = sum a_r (T_r + (m_r - m) S_r), and
+    further sums as S.
     """
-    m_r, s_r, t_r, z_r = shards.double().unbind(1)
+    m_r, s_r, t_r, z_r, *more_r = shards.double().unbind(1)
     m = m_r.amax(0)
     # A shard without a finite logit has S_r = T_r = 0: any finite shift leaves it out.
     shift = (m_r - m).masked_fill(m_r == -torch.inf, 0)
@@ -93,4 +94,5 @@ def merge_stats(shards: torch.Tensor) -> torch.Tensor:
     total = reduce(torch.add, (scale * s_r).unbind())
     moment = reduce(torch.add, (scale * (t_r + shift * s_r)).unbind())
     z_y = reduce(lambda known, z: torch.where(known.isnan(), z, known), z_r.unbind())
-    return torch.stack([m, total, moment, z_y])
+    more = [reduce(torch.add, (scale * x_r).unbind()) for x_r in more_r]
+    return torch.stack([m, total, moment, z_y, *more])

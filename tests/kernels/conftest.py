@@ -11,17 +11,18 @@ import sys
 import pytest
 import torch
 
-KERNEL = "megatron_mile.ops.token_stats.kernel"
+KERNELS = [f"megatron_mile.ops.{name}.kernel" for name in ("token_stats", "transport")]
 INTERPRETED = not torch.cuda.is_available()
 
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
 elif INTERPRETED:
-    if "triton" in sys.modules and KERNEL not in sys.modules:
+    if "triton" in sys.modules and not set(KERNELS) <= set(sys.modules):
         raise RuntimeError("triton was imported before its interpreter could be switched on")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        importlib.import_module(KERNEL)
+        for kernel in KERNELS:
+            importlib.import_module(kernel)
 
 
 @pytest.fixture(autouse=True)

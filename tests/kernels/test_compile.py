@@ -16,9 +16,10 @@ import re, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from megatron_mile.ops.token_stats import kernel
+from megatron_mile.ops.transport import kernel as transport
 
-def spilled(function, dtype, constants):
-    pointers = {"logits": dtype, "grad": dtype, "targets": "i64"}
+def spilled(function, dtype, constants, module=kernel):
+    pointers = {"logits": dtype, "cosines": dtype, "grad": dtype, "targets": "i64"}
     values = {name: "i64" for name in function.arg_names if "stride" in name}
     values |= {"rows": "i32", "inner": "i32", "columns": "i32"}
     signature = {
@@ -27,17 +28,20 @@ def spilled(function, dtype, constants):
         for name in function.arg_names
     }
     source = ASTSource(function, signature, constants)
-    block, warps = constants["BLOCK"], kernel._launch_size(constants["BLOCK"])[1]
+    block, warps = constants["BLOCK"], module._launch_size(constants["BLOCK"])[1]
     compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps})
     return len(re.findall(r"(?:ld|st)\\.local", compiled.asm["ptx"]))
 
-assert not kernel.INTERPRETED
+assert not kernel.INTERPRETED and not transport.INTERPRETED
 block = kernel._launch_size(1 << 20)[0]
 for dtype in ("fp32", "bf16", "fp16"):
     print(spilled(kernel.token_stats_fwd_kernel, dtype, {"BLOCK": block}))
     for tilted in (False, True):
         constants = {"BLOCK": block, "TILTED": tilted}
         print(spilled(kernel.token_stats_bwd_kernel, dtype, constants))
+    for function in (transport.transport_fwd_kernel, transport.transport_bwd_kernel):
+        constants = {"BLOCK": transport._launch_size(1 << 20)[0]}
+        print(spilled(function, dtype, constants, transport))
 """
 
 
@@ -50,4 +54,4 @@ def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["0"] * 9
+    assert run.stdout.split() == ["0"] * 15

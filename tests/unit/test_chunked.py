@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import token_loss
+from megatron_mile.ops import blocks
 from megatron_mile.ops.token_stats import chunked, reference
 
 ALL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +36,7 @@ class TestReference(Contract):
 def test_token_stats_over_threads_and_blocks(
     size: int, consume: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked, "_BLOCK", size)
+    monkeypatch.setattr(blocks, "_IN_CACHE", size)
     logits = (4 * torch.randn(5, 8, 50)).to(dtype).transpose(0, 1)
     logits[3, 2, ::2] = -torch.inf
     targets = torch.randint(-1, 50, (8, 5))

@@ -20,6 +20,9 @@ def test_config_defaults_are_the_paper_setting() -> None:
         "normalize": "global",
         "entropy_grad": False,
         "backend": "auto",
+        "emo_mode": "1",
+        "emo_gt_q": False,
+        "emo_cap": 0.0,
     }
 
 
@@ -41,6 +44,9 @@ def test_config_defaults_are_the_paper_setting() -> None:
         ("backend", 1),
         ("entropy_grad", 1),
         ("entropy_grad", "true"),
+        ("emo_mode", "3"),
+        ("emo_mode", True),
+        ("emo_cap", -3),
     ],
 )
 def test_config_refuses_with_field_value_and_expectation(name: str, value: Any) -> None:
@@ -56,6 +62,10 @@ def test_config_takes_integers_as_numbers() -> None:
     config = ObjectiveConfig(gamma=2, sigma=0)
     assert (type(config.gamma), config.gamma) == (float, 2.0)
     assert (type(config.sigma), config.sigma) == (float, 0.0)
+
+
+def test_config_takes_the_numbers_of_the_emo_modes() -> None:
+    assert ObjectiveConfig("emo", emo_mode=2) == ObjectiveConfig("emo", emo_mode="2")
 
 
 def test_config_refuses_an_unbounded_slope() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import megatron_mile
 
 NAMES = [
+    "CostRows",
     "ObjectiveConfig",
     "TokenLoss",
     "attach",

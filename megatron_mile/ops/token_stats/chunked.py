@@ -15,14 +15,9 @@ from collections.abc import Iterator
 
 import torch
 
+from megatron_mile.ops.blocks import Block, correct_rows, row_blocks, rows_in_cache
 from megatron_mile.ops.threads import share_out
 from megatron_mile.ops.token_stats import reference
-
-# Elements of a block. 512 KiB of fp32 share a cache of 2 MiB with the logits they come from; blocks
-# of a quarter (more calls) and four times larger (out of cache) took 1.4 and 1.5 times as long.
-_BLOCK = 1 << 17
-
-_Block = tuple[slice, tuple[torch.Tensor, ...]]
 
 
 def token_stats(logits: torch.Tensor, targets: torch.Tensor, consume: bool = False) -> torch.Tensor:
@@ -39,13 +34,13 @@ def token_stats(logits: torch.Tensor, targets: torch.Tensor, consume: bool = Fal
     stats[3] = z_y.masked_fill(targets.flatten() < 0, torch.nan)
     consume = consume and _holds_exps(logits.dtype)
 
-    def work(blocks: Iterator[_Block]) -> None:
+    def work(blocks: Iterator[Block]) -> None:
         scratch = _scratch(logits, dtype)
         for rows, (block,) in blocks:
             parts = scratch[:, : len(block)]
             _block_stats(block, parts, block if consume else None, stats[:3, rows])
 
-    share_out(work, _blocks(logits))
+    share_out(work, row_blocks(rows_in_cache(logits), logits))
     return stats.view(4, *targets.shape)
 
 
@@ -66,7 +61,7 @@ def token_stats_backward(
     anchor = _anchor(m).reshape(-1, 1)
     factors = coefficients.reshape(len(coefficients), -1, 1)
 
-    def work(blocks: Iterator[_Block]) -> None:
+    def work(blocks: Iterator[Block]) -> None:
         scratch = _scratch(logits, m.dtype)
         for rows, (block, grad) in blocks:
             parts = scratch[:, : len(block)]
@@ -75,8 +70,8 @@ def token_stats_backward(
             else:
                 _block_gradient(block, anchor[rows], factors[:, rows], grad, parts)
 
-    share_out(work, _blocks(logits, out))
-    _correct_rows(out.unsqueeze(0), targets.unsqueeze(0), coefficients.unsqueeze(1))
+    share_out(work, row_blocks(rows_in_cache(logits), logits, out))
+    correct_rows(out, targets, coefficients)
     return out
 
 
@@ -85,34 +80,11 @@ def _holds_exps(dtype: torch.dtype) -> bool:
     return dtype != torch.float16
 
 
-def _rows_per_block(columns: int) -> int:
-    return max(1, _BLOCK // columns)
-
-
 def _scratch(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return two uninitialised blocks, [2, rows, V]."""
     columns = logits.size(-1)
-    rows = min(_rows_per_block(columns), logits.numel() // columns)
+    rows = min(rows_in_cache(logits), logits.numel() // columns)
     return logits.new_empty(2, rows, columns, dtype=dtype)
-
-
-def _blocks(*tensors: torch.Tensor) -> Iterator[_Block]:
-    """Yield which rows, counted over all leading dimensions, and their views [rows, V]."""
-    size, start = _rows_per_block(tensors[0].size(-1)), 0
-    for matrices in _matrices(*tensors):
-        for block in zip(*(matrix.split(size) for matrix in matrices), strict=True):
-            end = start + len(block[0])
-            yield slice(start, end), block
-            start = end
-
-
-def _matrices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield views [n, V] that together are the tensors [..., V], of whatever strides, in order."""
-    try:
-        yield tuple(tensor.view(-1, tensor.size(-1)) for tensor in tensors)
-    except RuntimeError:  # the leading dimensions have no common stride
-        for parts in zip(*tensors, strict=True):
-            yield from _matrices(*parts)
 
 
 def _anchor(m: torch.Tensor) -> torch.Tensor:
@@ -169,13 +141,3 @@ def _scale(
         torch.mul(exps, factor, out=grad)
     else:
         grad.copy_(torch.mul(exps, factor, out=scratch))
-
-
-def _correct_rows(grad: torch.Tensor, targets: torch.Tensor, coefficients: torch.Tensor) -> None:
-    """Write the peaks at the targets, and 0 to the rows that get no gradient."""
-    # By index: scatter_ takes as long for bf16, and a mask for any dtype, as a pass over all.
-    held = (targets >= 0).nonzero(as_tuple=True)
-    cells = (*held, targets[held])
-    grad[cells] = coefficients[1][held].to(grad.dtype)
-    # A write, because 0 * NaN of a row's logits is NaN.
-    grad[(coefficients == 0).all(0).nonzero(as_tuple=True)] = 0

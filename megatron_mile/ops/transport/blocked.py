@@ -1,0 +1,101 @@
+"""Transport of all tokens, one block of rows after the other.
+
+    block of cosines (a GEMM, or rows of a table) + block of logits --> R, D              forward
+    block of cosines, kept or made again          + block of logits --> gradient          backward
+
+The cosines are what costs: a product of the size of the output layer's. They are kept where the
+gradient will lie, which is written over them, or made twice where there is no such place.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from megatron_mile.ops.blocks import Block, row_blocks
+from megatron_mile.ops.transport import Transport
+
+# Elements of a block of cosines. On two CPU cores the product took, per row of 32000 columns, 1.7
+# of the time of all 2048 rows at once for 64 rows, 1.2 for 131 (2^22), and 1.1 for 524 (2^24).
+_BLOCK = 1 << 22
+_KEPT_BLOCK = 1 << 24
+
+Cosines = Callable[[slice, torch.Tensor | None], torch.Tensor]
+"""(tokens, out) -> cosines [n, V] of these tokens, in `out` if its dtype is right."""
+
+
+def transport(
+    implementation: Transport,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    m: torch.Tensor,
+    cosines: Cosines,
+    kept: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return (R, D) of every token, [2, ...], in m's dtype.
+
+    Args:
+        implementation: What computes a block.
+        logits: [..., V], any strides.
+        targets: Local columns, int64 [...].
+        m: Maxima of the token statistics, [...].
+        cosines: Where the cosines come from, tokens counted over all leading dimensions.
+        kept: [..., V] in the logits' dtype, filled with the cosines; None forgets them.
+    """
+    sums = m.new_zeros(2, m.numel())
+    flat_targets, maxima, logits = targets.flatten(), m.flatten(), logits.detach()
+    size = _BLOCK if kept is None else _KEPT_BLOCK
+    for tokens, (block, *places) in _blocks(size, logits, kept):
+        place = places[0] if places else None
+        found = cosines(tokens, place)
+        if place is not None and found is not place:
+            found = place.copy_(found)  # both passes must see the same roundings
+        sums[:, tokens] = implementation.transport_block(
+            block, found, flat_targets[tokens], maxima[tokens]
+        )
+        del found  # before the next block of them is made
+    return sums.view(2, *m.shape)
+
+
+def transport_backward(
+    implementation: Transport,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    m: torch.Tensor,
+    mean: torch.Tensor,
+    coefficients: torch.Tensor,
+    cosines: Cosines | None,
+    out: torch.Tensor,
+) -> None:
+    """Write the gradient, [..., V].
+
+    Args:
+        implementation: As in the forward.
+        logits: As in the forward.
+        targets: As in the forward.
+        m: As in the forward.
+        mean: DEMD, [...], in m's dtype.
+        coefficients: (flat, peak, slope), [3, ...], in m's dtype.
+        cosines: As in the forward; None where `out` holds them.
+        out: Where to write; may be the logits.
+    """
+    flat_targets, maxima, means = targets.flatten(), m.flatten(), mean.flatten()
+    factors = coefficients.view(3, -1)
+    for tokens, (block, place) in _blocks(_BLOCK, logits.detach(), out):
+        found = place if cosines is None else cosines(tokens, None)
+        implementation.transport_block_backward(
+            block,
+            found,
+            flat_targets[tokens],
+            maxima[tokens],
+            means[tokens],
+            factors[:, tokens],
+            place,
+        )
+        del found
+
+
+def _blocks(size: int, *tensors: torch.Tensor | None) -> Iterator[Block]:
+    """Yield blocks of so many elements of the tensors that are there; none of an empty shard."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    columns = given[0].size(-1)
+    return row_blocks(max(1, size // columns), *given) if columns else iter(())

@@ -1,0 +1,77 @@
+"""Transport on a CPU: every step works on a few rows that stay in cache.
+
+As `token_stats.chunked`, with scratch of a few rows for each thread in fp32 (fp64 for fp64 logits),
+instead of intermediate results as large as the block of rows that is given.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from megatron_mile.ops.blocks import Block, correct_rows, row_blocks, rows_in_cache
+from megatron_mile.ops.threads import share_out
+
+
+def transport_block(
+    logits: torch.Tensor, cosines: torch.Tensor, targets: torch.Tensor, m: torch.Tensor
+) -> torch.Tensor:
+    """Return (R, D), [2, n]; see `megatron_mile.ops.transport.Transport`."""
+    sums, anchor, size = m.new_empty(2, len(m)), _anchor(m), rows_in_cache(logits)
+    # Rows without a target here leave out a column of the scratch that no sum counts.
+    left_out = torch.where(targets < 0, logits.size(-1), targets).unsqueeze(-1)
+
+    def work(blocks: Iterator[Block]) -> None:
+        scratch = _scratch(logits, m.dtype, size)
+        for rows, (block, angles) in blocks:
+            whole, distances = scratch[:, : len(block)]
+            exps = whole[:, :-1]
+            torch.sub(block, anchor[rows], out=exps).exp_()
+            whole.scatter_(-1, left_out[rows], 0)
+            torch.sum(exps, -1, out=sums[0, rows])
+            products = _distances(angles, distances[:, :-1]).mul_(exps)
+            torch.sum(products, -1, out=sums[1, rows])
+
+    share_out(work, row_blocks(size, logits, cosines))
+    return sums
+
+
+def transport_block_backward(
+    logits: torch.Tensor,
+    cosines: torch.Tensor,
+    targets: torch.Tensor,
+    m: torch.Tensor,
+    mean: torch.Tensor,
+    coefficients: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Write the gradient, [n, V]; see `megatron_mile.ops.transport.Transport`."""
+    anchor, size = _anchor(m), rows_in_cache(logits)
+    flat, _, slope = coefficients.unsqueeze(-1)
+
+    def work(blocks: Iterator[Block]) -> None:
+        scratch = _scratch(logits, m.dtype, size)
+        for rows, (block, angles, grad) in blocks:
+            exps, factors = scratch[:, : len(block), :-1]
+            # Not addcmul_, which takes three times as long as both.
+            _distances(angles, factors).sub_(mean[rows].unsqueeze(-1))
+            factors.mul_(slope[rows]).add_(flat[rows])
+            torch.sub(block, anchor[rows], out=exps).exp_()
+            grad.copy_(exps.mul_(factors))
+
+    share_out(work, row_blocks(size, logits, cosines, out))
+    correct_rows(out, targets, coefficients)
+
+
+def _anchor(m: torch.Tensor) -> torch.Tensor:
+    """Return m as [n, 1], 0 for -inf, because -inf - -inf would be NaN."""
+    return m.masked_fill(m == -torch.inf, 0).unsqueeze(-1)
+
+
+def _scratch(logits: torch.Tensor, dtype: torch.dtype, rows: int) -> torch.Tensor:
+    """Return two uninitialised blocks, [2, rows, V + 1]."""
+    return logits.new_empty(2, min(rows, len(logits)), logits.size(-1) + 1, dtype=dtype)
+
+
+def _distances(cosines: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Return c in `out`, [n, V]; rounding may leave a cosine above 1."""
+    return torch.sub(out.new_ones(1), cosines, out=out).clamp_(min=0)

@@ -1,0 +1,172 @@
+"""Transport as two Triton kernels, for fp32, bf16 and fp16 logits.
+
+    torch      target rows [n, d] x cost rows [d, V] --GEMM--> cosines K [n, V]
+    forward    z, K [n, V]  --one read-->  (R, D) [2, n] fp32                    one program per row
+    backward   z, K [n, V], coefficients [3, n]  --one read, one write-->  gradient [n, V]
+                                                                 one program per row and tile
+
+The product stays with torch: cuBLAS reaches the speed of the machine, and fused into the kernel it
+would have to be done twice, because a row's gradient needs DEMD of all shards, or K be written
+anyway. What is left waits for memory alone. Both kernels compute in fp32 and round once, when the
+gradient is stored; there is no atomic operation.
+
+With TRITON_INTERPRET=1 in the environment when Triton is first imported, the same code runs on CPU
+tensors, slowly.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+_MINUS_INF = tl.constexpr(-torch.inf)
+
+
+@triton.jit
+def transport_fwd_kernel(
+    logits: tl.tensor,  # [n, V] fp32, bf16 or fp16, read-only
+    row_stride: tl.tensor,  # in elements, as all strides
+    column_stride: tl.tensor,
+    cosines: tl.tensor,  # [n, V] fp32, bf16 or fp16, read-only
+    cosines_row_stride: tl.tensor,
+    cosines_column_stride: tl.tensor,
+    targets: tl.tensor,  # [n] int64, read-only; negative: not in this shard
+    maxima: tl.tensor,  # [n] fp32, read-only: m
+    sums: tl.tensor,  # [2, n] fp32, written: R, D
+    rows: tl.tensor,  # n
+    columns: tl.tensor,  # V
+    BLOCK: tl.constexpr,
+) -> None:
+    """Write (R, D) of one row, tile after tile; lanes are added once, at the end."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    m = tl.load(maxima + row)
+    anchor = tl.where(m == _MINUS_INF, 0.0, m)
+    target = tl.load(targets + row)
+    rest = tl.zeros([BLOCK], tl.float32)
+    paid = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, columns, BLOCK):
+        cells = (first + lanes).to(tl.int64)
+        inside = cells < columns
+        place = logits + row * row_stride + cells * column_stride
+        z = tl.load(place, mask=inside, other=_MINUS_INF).to(tl.float32)
+        place = cosines + row * cosines_row_stride + cells * cosines_column_stride
+        cosine = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        exps = tl.where(cells == target, 0.0, tl.exp(z - anchor))
+        rest += exps
+        paid += exps * tl.maximum(1.0 - cosine, 0.0)
+    tl.store(sums + row, tl.sum(rest, 0))
+    tl.store(sums + rows + row, tl.sum(paid, 0))
+
+
+@triton.jit
+def transport_bwd_kernel(
+    logits: tl.tensor,  # [n, V] fp32, bf16 or fp16, read-only unless it is grad
+    row_stride: tl.tensor,
+    column_stride: tl.tensor,
+    cosines: tl.tensor,  # [n, V] fp32, bf16 or fp16, read-only unless it is grad
+    cosines_row_stride: tl.tensor,
+    cosines_column_stride: tl.tensor,
+    grad: tl.tensor,  # [n, V] in the logits' dtype, written; may be the logits or the cosines
+    grad_row_stride: tl.tensor,
+    grad_column_stride: tl.tensor,
+    targets: tl.tensor,  # [n] int64, read-only
+    maxima: tl.tensor,  # [n] fp32, read-only: m
+    means: tl.tensor,  # [n] fp32, read-only: DEMD
+    coefficients: tl.tensor,  # [3, n] fp32, read-only: flat, peak, slope
+    rows: tl.tensor,  # n
+    columns: tl.tensor,  # V
+    BLOCK: tl.constexpr,
+) -> None:
+    """Write one tile of a row: e^(z-m) * (flat + slope * (c - mean)), and peak at the target."""
+    row = tl.program_id(0).to(tl.int64)
+    cells = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    inside = cells < columns
+    m = tl.load(maxima + row)
+    flat = tl.load(coefficients + row)
+    peak = tl.load(coefficients + rows + row)
+    slope = tl.load(coefficients + 2 * rows + row)
+    place = logits + row * row_stride + cells * column_stride
+    z = tl.load(place, mask=inside, other=_MINUS_INF).to(tl.float32)
+    place = cosines + row * cosines_row_stride + cells * cosines_column_stride
+    cosine = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    distance = tl.maximum(1.0 - cosine, 0.0)
+    value = tl.exp(z - tl.where(m == _MINUS_INF, 0.0, m))
+    value *= flat + slope * (distance - tl.load(means + row))
+    value = tl.where(cells == tl.load(targets + row), peak, value)
+    # A select, because 0 * NaN of a row's logits is NaN.
+    value = tl.where((flat == 0) & (peak == 0) & (slope == 0), 0.0, value)
+    place = grad + row * grad_row_stride + cells * grad_column_stride
+    tl.store(place, value.to(grad.dtype.element_ty), mask=inside)
+
+
+# Whether the kernels run in Triton's interpreter, on tensors of any device.
+INTERPRETED = not isinstance(transport_fwd_kernel, triton.JITFunction)
+
+
+def transport_block(
+    logits: torch.Tensor, cosines: torch.Tensor, targets: torch.Tensor, m: torch.Tensor
+) -> torch.Tensor:
+    """Return (R, D), [2, n]; see `megatron_mile.ops.transport.Transport`."""
+    rows, columns = logits.shape
+    sums = m.new_empty(2, rows)
+    block, warps = _launch_size(columns)
+    with torch.cuda.device_of(logits):
+        transport_fwd_kernel[(rows,)](
+            logits,
+            *logits.stride(),
+            cosines,
+            *cosines.stride(),
+            targets.contiguous(),
+            m.contiguous(),
+            sums,
+            rows,
+            columns,
+            BLOCK=block,
+            num_warps=warps,
+        )
+    return sums
+
+
+def transport_block_backward(
+    logits: torch.Tensor,
+    cosines: torch.Tensor,
+    targets: torch.Tensor,
+    m: torch.Tensor,
+    mean: torch.Tensor,
+    coefficients: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Write the gradient, [n, V]; see `megatron_mile.ops.transport.Transport`."""
+    # The interpreter cuts off to bf16 where a GPU rounds, so torch does it there.
+    wide = INTERPRETED and out.dtype == torch.bfloat16
+    grad = torch.empty_like(out, dtype=torch.float32) if wide else out
+    rows, columns = logits.shape
+    block, warps = _launch_size(columns)
+    with torch.cuda.device_of(logits):
+        transport_bwd_kernel[(rows, triton.cdiv(columns, block))](
+            logits,
+            *logits.stride(),
+            cosines,
+            *cosines.stride(),
+            grad,
+            *grad.stride(),
+            targets.contiguous(),
+            m.contiguous(),
+            mean.contiguous(),
+            coefficients.contiguous(),
+            rows,
+            columns,
+            BLOCK=block,
+            num_warps=warps,
+        )
+    if grad is not out:
+        out.copy_(grad)
+
+
+def _launch_size(columns: int) -> tuple[int, int]:
+    """Return (BLOCK, num_warps) for a row of V columns, as `token_stats.kernel` has them.
+
+    Two tensors are read for one there, so that each thread loads 8 elements of each instead of 16.
+    """
+    block = min(2048, triton.next_power_of_2(max(columns, 64)))
+    return block, max(4, block // 256)

@@ -1,0 +1,47 @@
+"""Transport in plain torch: the truth that every other implementation is held to."""
+
+import torch
+
+
+def _exps(logits: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    """Return e^(z-m) as a new [n, V] tensor in m's dtype; 0 where no logit is finite."""
+    anchor = m.masked_fill(m == -torch.inf, 0)  # -inf - -inf would be NaN
+    return torch.sub(logits, anchor.unsqueeze(-1)).exp_()
+
+
+def _distances(cosines: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return c as a new [n, V] tensor; rounding may leave a cosine above 1."""
+    return cosines.to(dtype, copy=True).neg_().add_(1).clamp_(min=0)
+
+
+def transport_block(
+    logits: torch.Tensor, cosines: torch.Tensor, targets: torch.Tensor, m: torch.Tensor
+) -> torch.Tensor:
+    """Return (R, D), [2, n]; see `megatron_mile.ops.transport.Transport`."""
+    exps = _exps(logits, m)
+    column = targets.clamp(min=0).unsqueeze(-1)
+    # Without a target here all entries stay; else both sums leave it out.
+    kept = torch.where(targets.unsqueeze(-1) < 0, exps.gather(-1, column), 0)
+    exps.scatter_(-1, column, kept)
+    rest = exps.sum(-1)
+    return torch.stack([rest, exps.mul_(_distances(cosines, m.dtype)).sum(-1)])
+
+
+def transport_block_backward(
+    logits: torch.Tensor,
+    cosines: torch.Tensor,
+    targets: torch.Tensor,
+    m: torch.Tensor,
+    mean: torch.Tensor,
+    coefficients: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Write the gradient, [n, V]; see `megatron_mile.ops.transport.Transport`."""
+    flat, peak, slope = coefficients.unsqueeze(-1)
+    grad = _distances(cosines, m.dtype).sub_(mean.unsqueeze(-1)).mul_(slope).add_(flat)
+    grad.mul_(_exps(logits, m))
+    column = targets.clamp(min=0).unsqueeze(-1)
+    grad.scatter_(-1, column, torch.where(targets.unsqueeze(-1) < 0, grad.gather(-1, column), peak))
+    # A select, because 0 * NaN of a row's logits is NaN.
+    grad.masked_fill_((coefficients == 0).all(0).unsqueeze(-1), 0)
+    out.copy_(grad)

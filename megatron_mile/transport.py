@@ -1,0 +1,205 @@
+"""EMO as a loss of logits: statistics, distances, mix and gradient joined in one autograd node.
+
+    forward    target rows [T, d], by an all_reduce that may have begun before the logits
+               block of logits, block of cosines --> 6 numbers per token
+               all tokens: one all_gather of them, loss and coefficients
+    backward   block of logits, block of cosines --> gradient
+
+The cosines cost one product of the output layer's size. They are kept where the gradient will lie;
+in place, where there is no such tensor, and in a second backward they are made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from megatron_mile.config import ObjectiveConfig
+from megatron_mile.ops import dispatch
+from megatron_mile.ops.transport.blocked import transport, transport_backward
+from megatron_mile.parallel import ProcessGroup
+from megatron_mile.parallel.rows import start_lookup, vocabulary_end
+from megatron_mile.parallel.vocab import local_targets, shard_range
+from megatron_mile.weighting import scale_coefficients, weigh_transport
+
+SPENT = (
+    "token_loss(inplace=True) has already written its gradient over the logits; use inplace=False "
+    "to run the backward twice"
+)
+
+
+class CostRows:
+    """This shard's rows of EMO's cost matrix, c_k = 1 - cos(e_k, e_y), made unit length once.
+
+    A row of zeros (padding) is at distance 1 from every other. The rows are copied and never get a
+    gradient; products of them run in their dtype.
+
+    Raises:
+        ValueError: The rows are no floating matrix.
+    """
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        """Take the rows.
+
+        Args:
+            rows: [V/tp, d] in fp64, fp32, bf16 or fp16, in the order of the logits' columns; any
+                width d.
+        """
+        if rows.dim() != 2 or not rows.is_floating_point():
+            raise ValueError(
+                f"cost rows are {rows.dtype} {tuple(rows.shape)}; expected floating [V/tp, d]"
+            )
+        rows = rows.detach()
+        norms = torch.linalg.vector_norm(
+            rows, dim=1, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32)
+        )
+        self.unit = (rows / norms.clamp(min=torch.finfo(norms.dtype).tiny)).to(rows.dtype)
+        self.table: torch.Tensor | None = None
+        """Cosines of every token of the vocabulary to this shard's, [V, V/tp], if there is room."""
+
+    def tabulate(
+        self, tp_group: ProcessGroup | None = None, vocab_range: tuple[int, int] | None = None
+    ) -> CostRows:
+        """Compute all cosines once, V * V/tp of them, and return this object.
+
+        Target rows then need neither product nor exchange. For a fixed matrix; it communicates, and
+        waits for the device.
+
+        Args:
+            tp_group: Tensor-parallel group that shares the vocabulary; None for this rank alone.
+            vocab_range: (start, end) of this shard; None for equal shards in rank order.
+        """
+        _, end = shard_range(len(self.unit), vocab_range, tp_group)
+        words = torch.arange(
+            vocabulary_end(end, self.unit.device, tp_group), device=self.unit.device
+        )
+        self.table = self.fetch(words, tp_group, vocab_range).cosines(slice(None), None)
+        return self
+
+    def fetch(
+        self,
+        targets: torch.Tensor,
+        tp_group: ProcessGroup | None = None,
+        vocab_range: tuple[int, int] | None = None,
+    ) -> TargetCosts:
+        """Start to fetch the targets' rows; `token_loss` takes what this returns as its cost.
+
+        It depends on the targets alone, so it may run while the model computes the logits. All
+        ranks of the group must call it at the same point.
+
+        Args:
+            targets: Integers, [...]: ids in the whole vocabulary.
+            tp_group: As in `tabulate`.
+            vocab_range: As in `tabulate`.
+        """
+        if self.table is not None:
+            ids = targets.flatten().long().clamp(0, len(self.table) - 1)
+            return TargetCosts(self, targets.shape, ids, None)
+        start, end = shard_range(len(self.unit), vocab_range, tp_group)
+        columns = local_targets(targets.flatten(), start, end)
+        return TargetCosts(self, targets.shape, None, start_lookup(self.unit, columns, tp_group))
+
+
+class TargetCosts:
+    """Cost rows with the rows of some targets, which may still be on their way."""
+
+    def __init__(
+        self,
+        cost: CostRows,
+        shape: torch.Size,
+        ids: torch.Tensor | None,
+        rows: Callable[[], torch.Tensor] | None,
+    ) -> None:
+        """Take either ids [T] in the table or what waits for rows [T, d]; made by `fetch`."""
+        self.cost, self.shape, self._ids, self._wait = cost, shape, ids, rows
+        self._rows: torch.Tensor | None = None
+
+    def cosines(
+        self, tokens: slice, out: torch.Tensor | None, columns: int | None = None
+    ) -> torch.Tensor:
+        """Return the cosines of these tokens' rows to the shard's, [n, V/tp].
+
+        Args:
+            tokens: Counted over all dimensions of the targets.
+            out: Where they are written if the dtype fits.
+            columns: Number of the shard's first columns that are wanted; None for all.
+        """
+        if out is not None and out.dtype != self.cost.unit.dtype:
+            out = None
+        if self._ids is not None:
+            assert self.cost.table is not None
+            return torch.index_select(self.cost.table[:, :columns], 0, self._ids[tokens], out=out)
+        if self._rows is None:
+            assert self._wait is not None
+            self._rows = self._wait()
+        return torch.mm(self._rows[tokens], self.cost.unit[:columns].t(), out=out)
+
+
+class TransportLoss(torch.autograd.Function):
+    """EMO's loss of vocabulary-parallel logits, with its gradient in closed form."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        valid: torch.Tensor,
+        columns: int,
+        config: ObjectiveConfig,
+        group: ProcessGroup | None,
+        inplace: bool,
+        costs: TargetCosts,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return (loss, nll, entropy, weight, DEMD) from the first `columns` of the logits."""
+        statistics, _ = dispatch.select(config.backend, logits.device, logits.dtype)
+        ctx.transport = dispatch.transport_beside(statistics)
+        ctx.columns, ctx.inplace, ctx.spent, ctx.costs = columns, inplace, False, costs
+        keeps = ctx.needs_input_grad[0] and not inplace
+        ctx.kept = torch.empty_like(logits) if keeps else None
+        inside = logits[..., :columns]
+        shard = statistics.token_stats(inside, targets)
+        sums = transport(
+            ctx.transport,
+            inside,
+            targets,
+            shard[0],
+            partial(costs.cosines, columns=columns),
+            ctx.kept[..., :columns] if keeps else None,
+        )
+        fields, coefficients = weigh_transport(torch.cat([shard, sums]), valid, config, group)
+        if inplace:
+            # Whoever saved the logits must learn now, although the write waits for the backward.
+            torch.autograd.graph.increment_version(logits)
+        loss, *others = fields.unbind()
+        ctx.save_for_backward(logits, targets, shard[0], others[-1], coefficients)
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient in the logits' dtype, over the logits' storage if in place."""
+        if ctx.spent:
+            raise RuntimeError(SPENT)
+        logits, targets, m, mean, coefficients = ctx.saved_tensors
+        ctx.spent = ctx.inplace
+        kept, ctx.kept = ctx.kept, None
+        out = kept
+        if out is None:
+            out = logits.detach() if ctx.inplace else torch.empty_like(logits)
+        transport_backward(
+            ctx.transport,
+            logits[..., : ctx.columns],
+            targets,
+            m,
+            mean,
+            scale_coefficients(coefficients, grad, m.dtype),
+            partial(ctx.costs.cosines, columns=ctx.columns) if kept is None else None,
+            out[..., : ctx.columns],
+        )
+        out[..., ctx.columns :] = 0
+        return out, *[None] * 7

@@ -1,0 +1,103 @@
+"""What every implementation of the transport must do with a block of rows, whatever the device.
+
+As `token_stats_contract`: the truth is float64 and written from the definitions.
+"""
+
+from types import ModuleType
+
+import pytest
+import torch
+from helpers import error
+
+# Sums of up to 32000 terms, measured 2.2e-7 at most (fp64 6e-16); gradients are rounded once.
+SUMS = {torch.float64: 1e-14, torch.float32: 6e-7, torch.bfloat16: 6e-7, torch.float16: 6e-7}
+GRADIENT = {torch.float64: 1e-14, torch.float32: 6e-7, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# One column; one tile, with idle lanes, and several; more rows than a cache holds at once.
+SHAPES = [(9, 1), (9, 127), (5, 9001), (3, 32000)]
+
+
+def true_block(
+    logits: torch.Tensor, cosines: torch.Tensor, targets: torch.Tensor, m: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return e^(z-m) and c, fp64 [n, V], both as they count in the sums."""
+    finite = m.double().masked_fill(m == -torch.inf, 0).unsqueeze(-1)
+    columns = torch.arange(logits.size(-1), device=logits.device)
+    at_target = columns == targets.unsqueeze(-1)
+    exps = torch.exp(logits.double() - finite)
+    return exps.masked_fill(at_target, 0), (1 - cosines.double()).clamp(min=0)
+
+
+class TransportContract:
+    """Tests of one implementation, of the dtypes that it takes."""
+
+    implementation: ModuleType
+    dtypes: tuple[torch.dtype, ...]
+    device = "cpu"
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Run every test with an argument `dtype` for all dtypes."""
+        if "dtype" in metafunc.fixturenames:
+            metafunc.parametrize("dtype", self.dtypes, ids=str)
+
+    def block(self, count: int, vocab: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Return logits, cosines (some above 1), targets and m; every third target elsewhere."""
+        random = torch.Generator(self.device).manual_seed(count * vocab)
+        shape = (count, vocab)
+        logits = (4 * torch.randn(shape, generator=random, device=self.device)).to(dtype)
+        cosines = 2.1 * torch.rand(shape, generator=random, device=self.device) - 1.05
+        logits[0, : vocab // 2] = -torch.inf
+        targets = torch.randint(vocab, (count,), generator=random, device=self.device)
+        targets[::3] = -1
+        wide = torch.promote_types(dtype, torch.float32)
+        return logits, cosines.to(dtype), targets, logits.amax(-1).to(wide)
+
+    @pytest.mark.parametrize(("count", "vocab"), SHAPES)
+    def test_sums_match_the_definition(self, count: int, vocab: int, dtype: torch.dtype) -> None:
+        block = self.block(count, vocab, dtype)
+        before = block[0].clone(), block[1].clone()
+        sums = self.implementation.transport_block(*block)
+        exps, distances = true_block(*block)
+        assert sums.dtype == torch.promote_types(dtype, torch.float32)
+        assert error(sums, torch.stack([exps.sum(-1), (exps * distances).sum(-1)])) <= SUMS[dtype]
+        assert (sums >= 0).all()
+        assert torch.equal(block[0], before[0])
+        assert torch.equal(block[1], before[1])
+
+    def test_rows_without_a_finite_logit_have_no_mass(self, dtype: torch.dtype) -> None:
+        logits, cosines, targets, m = self.block(3, 127, dtype)
+        logits.fill_(-torch.inf)
+        m.fill_(-torch.inf)
+        sums = self.implementation.transport_block(logits, cosines, targets, m)
+        assert torch.equal(sums, torch.zeros_like(sums))
+
+    # Where the gradient lies: beside both, over the logits, over the cosines.
+    @pytest.mark.parametrize("place", [None, 0, 1])
+    @pytest.mark.parametrize(("count", "vocab"), SHAPES)
+    def test_gradient_matches_the_definition(
+        self, count: int, vocab: int, place: int | None, dtype: torch.dtype
+    ) -> None:
+        block = self.block(count, vocab, dtype)
+        logits, cosines, targets, m = block
+        flat, peak, slope, mean = torch.randn(4, count, device=self.device, dtype=m.dtype)
+        exps, distances = true_block(logits, cosines, torch.full_like(targets, -1), m)
+        pull = (distances - mean.double().unsqueeze(-1)) * slope.double().unsqueeze(-1)
+        expected = exps * (pull + flat.double().unsqueeze(-1))
+        held = (targets >= 0).nonzero(as_tuple=True)
+        expected[held[0], targets[held]] = peak[held].double()
+        out = torch.full_like(logits, torch.nan) if place is None else block[place]
+        self.implementation.transport_block_backward(
+            *block, mean, torch.stack([flat, peak, slope]), out
+        )
+        assert error(out, expected) <= GRADIENT[dtype]
+
+    def test_gradient_is_zero_for_zero_coefficients(self, dtype: torch.dtype) -> None:
+        logits, cosines, targets, m = self.block(4, 127, dtype)
+        logits[1:] = torch.nan
+        coefficients = torch.zeros(3, 4, device=self.device, dtype=m.dtype)
+        coefficients[2, 3] = 1
+        out, mean = torch.empty_like(logits), torch.ones_like(m)
+        self.implementation.transport_block_backward(
+            logits, cosines, targets, m, mean, coefficients, out
+        )
+        assert torch.equal(out[:3], torch.zeros_like(out[:3]))
+        assert out[3, targets[3] - 1].isnan()

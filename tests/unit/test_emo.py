@@ -1,0 +1,312 @@
+"""token_loss with the objective emo on one rank against the float64 oracle, and its edges."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from emo_oracle import EmoTruth, emo_oracle, hard_cost_rows
+from helpers import IGNORED, error, hard_rows
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_mile.config import ObjectiveConfig
+from megatron_mile.linear import linear_token_loss
+from megatron_mile.loss import token_loss
+from megatron_mile.ops.transport import blocked
+from megatron_mile.transport import CostRows
+
+# Measured: fp64 3.6e-13 (gt_q in mode 2, whose ratio may be 1e5 and more), fp32 3.9e-7.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
+# Mode, gt_q, cap: each as the authors have it somewhere.
+MIXES = [("1", False, 0), ("1", True, 0), ("1", False, 3), ("2", False, 0), ("2", True, 0)]
+MIXES += [("alone", False, 0)]
+EMO = ObjectiveConfig("emo")
+
+
+def _config(mode: str, gt_q: bool, cap: float, backend: str = "auto") -> ObjectiveConfig:
+    return ObjectiveConfig("emo", emo_mode=mode, emo_gt_q=gt_q, emo_cap=cap, backend=backend)
+
+
+def _run(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    config: ObjectiveConfig,
+    cost: Any,
+    inplace: bool = False,
+    upstream: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Return loss, nll, entropy, DEMD and gradient."""
+    leaf = logits.detach().clone().requires_grad_()
+    out = token_loss(leaf * 1, targets, config, inplace=inplace, cost=cost)
+    assert out.emo is not None
+    assert torch.equal(out.weight, out.valid.to(out.weight.dtype))
+    upstream = torch.ones_like(out.loss) if upstream is None else upstream.to(out.loss.dtype)
+    (grad,) = torch.autograd.grad(out.loss, leaf, upstream)
+    return out.loss, out.nll, out.entropy, out.emo, grad
+
+
+def _assert_close(ours: tuple[torch.Tensor, ...], truth: EmoTruth, tolerance: float) -> None:
+    for name, a, b in zip(truth._fields, ours, truth, strict=True):
+        assert error(a, b) <= tolerance, f"{name}: {error(a, b):.2e} > {tolerance:.2e}"
+
+
+def test_oracle_matches_a_row_by_hand() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64))
+    rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
+    truth = emo_oracle(logits, torch.tensor([0]), rows, "alone")
+    assert truth.emo.item() == pytest.approx(0.25 * 1 + 0.25 * 2, abs=1e-15)
+    # q_k (c_k - DEMD), and so -q_y DEMD at the target.
+    assert truth.grad.tolist()[0] == pytest.approx([-0.375, 0.0625, 0.3125], abs=1e-15)
+    nll = torch.tensor(2.0, dtype=torch.float64).log().item()
+    for mode, value in (("1", nll), ("2", 2 * 0.75)):
+        found = emo_oracle(logits, torch.tensor([0]), rows, mode).loss.item()
+        assert found == pytest.approx(value, abs=1e-9)
+
+
+# 1: nothing to choose; 3: a right, a wrong and another; 127, 1003: ragged, with hard cost rows.
+@pytest.mark.parametrize("vocab", [1, 3, 127, 1003])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_token_loss_matches_oracle(vocab: int, dtype: torch.dtype) -> None:
+    logits, targets = hard_rows(vocab, dtype)
+    rows = hard_cost_rows(vocab, 24, dtype)
+    cost, table = CostRows(rows), CostRows(rows).tabulate()
+    upstream = torch.linspace(-2, 2, 12)
+    for mix in MIXES:
+        truth = emo_oracle(logits, targets, rows, *mix, upstream)
+        for inplace in (False, True):
+            ours = _run(logits, targets, _config(*mix), cost, inplace, upstream)
+            _assert_close(ours, truth, TOLERANCE[dtype])
+        _assert_close(
+            _run(logits, targets, _config(*mix), table, upstream=upstream), truth, TOLERANCE[dtype]
+        )
+        ours = _run(logits, targets, _config(*mix, "torch"), cost, upstream=upstream)
+        _assert_close(ours, truth, TOLERANCE[dtype])
+
+
+def test_token_loss_takes_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "_BLOCK", 300)  # two rows
+    monkeypatch.setattr(blocked, "_KEPT_BLOCK", 700)  # five
+    logits, targets = hard_rows(127, torch.float64)
+    rows = hard_cost_rows(127, 24, torch.float64)
+    truth = emo_oracle(logits, targets, rows)
+    for inplace in (False, True):
+        _assert_close(_run(logits, targets, EMO, CostRows(rows), inplace), truth, 1e-12)
+
+
+def dense_emo(
+    logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, mode: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of EMO's equations and the gradient, all in the dtype of the logits."""
+    z = logits.clone().requires_grad_()
+    unit = rows / rows.norm(dim=-1, keepdim=True)
+    nll = torch.nn.functional.cross_entropy(z, targets, reduction="none")
+    one_hot = torch.nn.functional.one_hot(targets, z.size(-1)).to(z.dtype)
+    emo = 1 - ((one_hot @ unit) * (z.softmax(-1) @ unit)).sum(-1)
+    loss = {
+        "1": 0.5 * (nll + (nll / (emo + 1e-10)).detach() * emo),
+        "2": (emo / (nll + 1e-10)).detach() * nll + emo,
+        "alone": emo,
+    }[mode]
+    loss.sum().backward()
+    assert z.grad is not None
+    return loss.detach(), z.grad
+
+
+@pytest.mark.parametrize("mode", ["1", "2", "alone"])
+def test_token_loss_in_bf16_is_no_worse_than_the_dense_form_in_bf16(mode: str) -> None:
+    random = torch.Generator().manual_seed(1)
+    logits = (3 * torch.randn(64, 1003, generator=random)).bfloat16()
+    targets = torch.randint(1003, (64,), generator=random)
+    rows = torch.randn(1003, 32, generator=random).bfloat16()
+    truth = emo_oracle(logits, targets, rows, mode)
+    theirs = dense_emo(logits, targets, rows, mode)
+    for inplace in (False, True):
+        loss, *_, grad = _run(
+            logits, targets, ObjectiveConfig("emo", emo_mode=mode), CostRows(rows), inplace
+        )
+        assert error(loss, truth.loss) <= error(theirs[0], truth.loss)
+        assert error(grad, truth.grad) <= error(theirs[1], truth.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_token_loss_of_saturated_rows_is_never_negative_or_nan(dtype: torch.dtype) -> None:
+    # Certain and right, from "just" to "nothing else left"; two words that mean the same.
+    logits = torch.zeros(40, 129)
+    logits[:, 40] = torch.linspace(0, 200, 40)
+    logits[:, 41] = -3
+    rows = torch.randn(129, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows[41], rows[5] = rows[40], 0
+    targets = torch.full((40,), 40)
+    for mix in MIXES:
+        loss, nll, _, emo, grad = _run(logits.to(dtype), targets, _config(*mix), CostRows(rows))
+        assert (loss >= 0).all()
+        assert ((emo >= 0) & (emo <= 2)).all()
+        assert (emo.diff() <= 0).all()
+        assert grad.isfinite().all()
+        assert nll[-1] == emo[-1] == 0
+
+
+@pytest.mark.parametrize("mode", ["1", "2", "alone"])
+def test_token_loss_keeps_the_digits_of_small_distances(mode: str) -> None:
+    # 1 - p_y from 1e-2 to 1e-30, where 1 - sum q K, and nll from fp32 sums, would be rounding.
+    logits = torch.zeros(12, 300)
+    logits[:, 7] = torch.linspace(10, 75, 12)
+    rows, targets = torch.randn(300, 16), torch.full((12,), 7)
+    # nll by its definition has none of these digits in float64 either.
+    rest = logits.double().exp()
+    rest[:, 7] = 0
+    beside = rest.sum(-1) / logits[:, 7].double().exp()
+    unit = rows.double() / rows.double().norm(dim=-1, keepdim=True)
+    distance = (rest * (1 - unit @ unit[7])).sum(-1) / rest.sum(-1) * beside / (1 + beside)
+    expected = {"1": beside.log1p(), "2": 2 * distance, "alone": distance}[mode]
+    loss, nll, _, emo, _ = _run(
+        logits, targets, ObjectiveConfig("emo", emo_mode=mode), CostRows(rows)
+    )
+    for ours, truth in ((nll, beside.log1p()), (emo, distance)):
+        assert ((ours.double() - truth) / truth).abs().max() <= 1e-6  # measured 2.7e-7
+    large = beside > 1e-6  # where the 1e-10 of the ratios counts little
+    assert ((loss.double() - expected) / expected).abs()[large].max() <= 2e-4
+
+
+def test_token_loss_gives_ignored_tokens_exactly_zero() -> None:
+    logits = torch.tensor([[torch.nan] * 4, [torch.inf, 1, 2, 3], [-torch.inf] * 4, [1, 2, 3, 4]])
+    for mix in MIXES:
+        fields = _run(logits, torch.full((4,), IGNORED), _config(*mix), CostRows(torch.randn(4, 3)))
+        for field in fields:
+            assert torch.equal(field, torch.zeros_like(field))
+
+
+def test_token_loss_of_padding_columns_leaves_them_out() -> None:
+    logits, targets = hard_rows(100, torch.float64)
+    rows = hard_cost_rows(100, 24, torch.float64)
+    truth = emo_oracle(logits, targets, rows)
+    padded = torch.full((12, 128), torch.nan, dtype=torch.float64)
+    padded[:, :100] = logits
+    cost = CostRows(torch.cat([rows, torch.full((28, 24), torch.nan)]))
+    for inplace in (False, True):
+        leaf = padded.clone().requires_grad_()
+        out = token_loss(leaf * 1, targets, EMO, inplace=inplace, vocab_size=100, cost=cost)
+        (grad,) = torch.autograd.grad(out.loss, leaf, torch.ones_like(out.loss))
+        assert out.emo is not None
+        ours = (out.loss, out.nll, out.entropy, out.emo, grad[:, :100])
+        _assert_close(ours, truth, 1e-12)
+        assert not grad[:, 100:].any()
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "transposed": lambda x: x.view(3, 4, 10).transpose(0, 1),
+    "strided": lambda x: x.view(3, 4, 10)[:, ::2, 1::2],
+    "vocabulary first": lambda x: x.view(10, 12).t(),
+    "one token": lambda x: x[:10],
+    "no token": lambda x: x.view(12, 10)[:0],
+    "no column": lambda x: x.view(12, 10)[:, :0],
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_token_loss_takes_any_strides(layout: str, inplace: bool) -> None:
+    leaf = torch.randn(120, dtype=torch.float64, requires_grad=True)
+    logits, values = LAYOUTS[layout](leaf * 1), LAYOUTS[layout](leaf.detach())
+    columns = logits.size(-1)
+    rows = torch.randn(columns, 5, dtype=torch.float64)
+    targets = torch.randint(max(columns, 1), logits.shape[:-1])
+    out = token_loss(logits, targets, EMO, inplace=inplace, cost=CostRows(rows))
+    (grad,) = torch.autograd.grad(out.loss.sum(), leaf)
+    if columns == 0:  # nobody holds the targets
+        assert out.loss.isnan().all()
+        return
+    assert out.emo is not None
+    truth = emo_oracle(values, targets, rows)
+    _assert_close((out.loss, out.nll, out.entropy, out.emo, LAYOUTS[layout](grad)), truth, 1e-12)
+
+
+def test_token_loss_keeps_logits_and_repeats_its_backward() -> None:
+    logits, targets = torch.randn(4, 9, requires_grad=True), torch.tensor([0, 3, 8, 1])
+    before, version = logits.detach().clone(), logits._version
+    rows = torch.randn(9, 3, requires_grad=True)
+    loss = token_loss(logits, targets, EMO, cost=CostRows(rows)).loss.sum()
+    grads = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*grads)
+    assert torch.equal(logits, before)
+    assert logits._version == version
+    with pytest.raises(RuntimeError, match="to not have been used in the graph"):
+        torch.autograd.grad(loss, rows)
+
+
+def test_token_loss_inplace_consumes_the_logits() -> None:
+    source = torch.randn(2, 5, requires_grad=True)
+    logits, cost = source.exp(), CostRows(torch.randn(5, 3))
+    token_loss(logits, torch.tensor([0, 1]), EMO, inplace=True, cost=cost)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()
+    loss = token_loss(source * 1, torch.tensor([0, 1]), EMO, inplace=True, cost=cost).loss.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace=False to run the backward twice"):
+        loss.backward()
+
+
+def test_cost_rows_keep_their_values_when_the_source_changes() -> None:
+    rows, logits, targets = torch.randn(9, 3), torch.randn(4, 9), torch.tensor([0, 3, 8, 1])
+    cost = CostRows(rows)
+    before = _run(logits, targets, EMO, cost)
+    rows.zero_()
+    for ours, expected in zip(_run(logits, targets, EMO, cost), before, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"cost": None}, "objective emo with no cost; expected cost=CostRows"),
+        ({"config": ObjectiveConfig()}, "objective mile with a CostRows"),
+        ({"cost": CostRows(torch.ones(8, 2))}, "cost has 8 rows on cpu for 9 columns"),
+        (
+            {"cost": CostRows(torch.ones(9, 2)).fetch(torch.tensor([0]))},
+            r"fetched for targets \(1,\); expected those of this call, \(4,\)",
+        ),
+    ],
+)
+def test_token_loss_refuses_what_does_not_fit(change: dict[str, Any], text: str) -> None:
+    given = {"config": EMO, "cost": CostRows(torch.ones(9, 2))}
+    with pytest.raises(ValueError, match=text):
+        token_loss(torch.ones(4, 9), torch.tensor([0, 3, 8, 1]), **{**given, **change})
+
+
+def test_cost_rows_and_the_fused_projection_refuse() -> None:
+    with pytest.raises(ValueError, match=r"cost rows are torch.int64 \(3, 2\)"):
+        CostRows(torch.ones(3, 2).long())
+    with pytest.raises(ValueError, match="emo has no form without logits"):
+        linear_token_loss(torch.ones(2, 3), torch.ones(5, 3), torch.tensor([0, 1]), EMO)
+
+
+def _peak_bytes(
+    logits: torch.Tensor, targets: torch.Tensor, config: ObjectiveConfig, inplace: bool, cost: Any
+) -> int:
+    """Return the peak of forward and backward beyond what was there, by torch's allocator."""
+    given = logits * 1 if inplace else logits
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss = token_loss(given, targets, config, inplace=inplace, cost=cost).loss.sum()
+        torch.autograd.grad(loss, given)
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, size in memory:
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_token_loss_needs_little_more_memory_than_plain(dtype: torch.dtype, inplace: bool) -> None:
+    logits = torch.randn(2048, 8192).to(dtype).requires_grad_()
+    targets = torch.randint(8192, (2048,))
+    cost = CostRows(torch.randn(8192, 64).to(dtype))
+    plain = _peak_bytes(logits, targets, ObjectiveConfig(), inplace, None)
+    ours = _peak_bytes(logits, targets, EMO, inplace, cost)
+    block = blocked._BLOCK * 4  # a row block, in fp32
+    target_rows = 2048 * 64 * dtype.itemsize
+    assert plain >= (0 if inplace else logits.nbytes)
+    assert ours <= 1.1 * plain + inplace * block + target_rows
