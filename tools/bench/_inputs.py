@@ -30,12 +30,19 @@ def _with_logits(case: Case, shard: slice, device: torch.device) -> Inputs:
     logits[likely, targets[likely]] = _likely_logit(case)
     upstream = torch.rand(case.tokens, generator=random, device=device) + 0.5
     rows = _spread(case.tokens, device)
+    shape = (case.vocab, case.cost_width)
+    cost = torch.randn(shape, generator=random, device=device).to(logits.dtype)
     truths = {}
-    for objective in OBJECTIVES:
-        loss, gradient = oracle(logits[rows], targets[rows], objective, upstream[rows])
+    for objective in ("ce", "emo") if case.cost_width else OBJECTIVES:
+        rows_of_cost = cost if objective == "emo" else None
+        loss, gradient = oracle(
+            logits[rows], targets[rows], objective, upstream[rows], rows_of_cost
+        )
         truths[objective] = {"loss": loss, "logits": gradient[:, shard].clone()}
     checked = {"loss": rows, "logits": rows}
-    return Inputs({"logits": logits[:, shard].clone()}, targets, upstream, checked, truths)
+    leaves = {"logits": logits[:, shard].clone()}
+    given = (cost[shard].clone(),) if case.cost_width else ()
+    return Inputs(leaves, targets, upstream, checked, truths, given)
 
 
 def _with_output_layer(case: Case, shard: slice, device: torch.device) -> Inputs:
@@ -78,15 +85,21 @@ def _spread(size: int, device: torch.device) -> torch.Tensor:
 
 
 def oracle(
-    logits: torch.Tensor, targets: torch.Tensor, objective: str, upstream: torch.Tensor
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    objective: str,
+    upstream: torch.Tensor,
+    cost: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return loss [R] and gradient [R, V] in fp64: softmax, entropy and autograd by definition.
 
     Args:
         logits: [R, V], the whole vocabulary.
         targets: [R].
-        objective: "ce", or "mile" for (1 + H) * nll with the weight held constant.
+        objective: "ce", or "mile" for (1 + H) * nll with the weight held constant, or "emo" for
+            (nll + (nll / D) * D) / 2 with the ratio held constant.
         upstream: [R].
+        cost: [V, d], the rows whose angles make the distance D of EMO.
     """
     z = logits.double().requires_grad_()
     log_p = torch.log_softmax(z, -1)
@@ -94,6 +107,10 @@ def oracle(
     if objective == "mile":
         entropy = -(log_p.exp() * log_p).sum(-1)
         loss = ((SIGMA + entropy) ** GAMMA).detach() * loss
+    if cost is not None:
+        unit = torch.nn.functional.normalize(cost.double(), dim=-1)
+        distance = 1 - (log_p.exp() * (unit[targets] @ unit.t())).sum(-1)
+        loss = 0.5 * (loss + (loss / distance).detach() * distance)
     (gradient,) = torch.autograd.grad(loss, z, upstream.double())
     return loss.detach(), gradient
 

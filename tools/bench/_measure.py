@@ -35,7 +35,7 @@ class Call:
 
     def forward(self) -> torch.Tensor:
         """Return the loss [T] with its graph."""
-        return self.loss(*self.buffers, self.inputs.targets, self.group)
+        return self.loss(*self.buffers, *self.inputs.given, self.inputs.targets, self.group)
 
     def backward(self, loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the gradients of the leaves, in their shapes."""

@@ -18,7 +18,7 @@ class Provider(NamedTuple):
     """One loss."""
 
     objective: str
-    """ce, mile, or none: no loss, so that there is nothing to check."""
+    """ce, mile, emo, or none: no loss, so that there is nothing to check."""
     build: Callable[[], tuple[Loss, str]]
     """Imports what it needs; returns the loss, and how it runs ("" if there is but one way)."""
     obstacle: Callable[[Case], str]

@@ -13,8 +13,9 @@ from _providers import providers
 
 FIGURES = ("p20_ms", "p50_ms", "p80_ms", "min_ms", "ratio_to_megatron", "ratio_of_minima")
 COLUMNS = (
-    *("provider", "objective", "status", "device", "dtype", "tokens", "hidden", "vocab", "tp"),
-    *("threads", "phase", "rounds", *FIGURES, "ratio_to_gemms", "gb_per_s", "copy_gb_per_s"),
+    *("provider", "objective", "status", "device", "dtype", "tokens", "hidden"),
+    *("cost_width", "vocab", "tp", "threads", "phase", "rounds", *FIGURES),
+    *("ratio_to_gemms", "gb_per_s", "copy_gb_per_s"),
     *("extra_mib", "collectives", "loss_error", "gradient_error", "load"),
     *("torch", "triton", "megatron_core", "commit", "date"),
 )
@@ -40,7 +41,10 @@ def rows_of_case(
     rows = []
     shared = conditions | case._asdict() | {"device": conditions["device"]}
     for name, result in results.items():
-        row = shared | {"provider": name, "objective": providers(case.hidden)[name].objective}
+        row = shared | {
+            "provider": name,
+            "objective": providers(case.hidden, case.cost_width)[name].objective,
+        }
         row |= {k: v for k, v in result.items() if k not in ("ms", "collectives")}
         if "ms" not in result:
             rows.append(row)
@@ -77,6 +81,8 @@ def show(case: Case, rows: Sequence[dict[str, Any]]) -> None:
     work = f"[{case.tokens}, {case.vocab}]"
     if case.hidden:
         work = f"[{case.tokens}, {case.hidden}] x [{case.vocab}, {case.hidden}]"
+    if case.cost_width:
+        work += f" with cost rows of {case.cost_width}"
     logits = f"logits of a rank {case.shard_bytes / 2**20:.0f} MiB"
     print(f"\n{work} {case.dtype}, tp {case.tp}, forward + backward, {logits}")
     columns = [("p50 ms", "p50_ms", 1), ("min ms", "min_ms", 1), *_RATIOS]

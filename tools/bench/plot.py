@@ -66,8 +66,8 @@ def _times(rows: Sequence[Row]) -> Pictures:
     failed = [row for row in rows if row["status"].startswith("failed")]
     pictures: Pictures = {}
     for row in _last([row for row in rows if row in timed or row in failed]):
-        size = [row[key] for key in ("tokens", "hidden", "vocab") if row[key] != "0"]
-        _file(pictures, row, "x".join(size))
+        size = "x".join(row[key] for key in ("tokens", "hidden", "vocab") if row[key] != "0")
+        _file(pictures, row, size + (f"_emo_{row['cost_width']}" if _is_emo(row) else ""))
     for panels in pictures.values():
         for panel in panels.values():
             panel.sort(key=lambda row: -float(row["ratio_to_megatron"] or "inf"))
@@ -91,7 +91,7 @@ def _memories(rows: Sequence[Row]) -> Pictures:
 
 def _last(rows: Sequence[Row]) -> list[Row]:
     """Return the last row of each case and provider."""
-    keys = ("device", "tokens", "hidden", "vocab", "dtype", "tp", "provider")
+    keys = ("device", "tokens", "hidden", "cost_width", "vocab", "dtype", "tp", "provider")
     return list({tuple(row[key] for key in keys): row for row in rows}.values())
 
 
@@ -113,6 +113,8 @@ def draw_times(panels: dict[Panel, list[Row]], output: Path) -> None:
     work = f"[{row['tokens']}, {row['vocab']}] logits"
     if row["hidden"] != "0":
         work = f"output layer [{row['tokens']}, {row['hidden']}] x {row['vocab']} and loss"
+    if _is_emo(row):
+        work += f" with cost rows of {row['cost_width']}"
     title = f"Forward + backward of {work}, {row['device']}: time relative to Megatron's plain"
     height = 0.36 * max(map(len, panels.values())) + 1.1
     _draw(panels, output, f"{title} cross-entropy", height, _draw_bars)
@@ -187,6 +189,10 @@ def _draw_lines(axes: Axes, rows: Sequence[Row]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+def _is_emo(row: Row) -> bool:
+    return row["cost_width"] != "0"
+
+
 def _memory(row: Row) -> str:
     calls = int(row["collectives"])
     exchanged = f", {calls} collective{'s' * (calls != 1)}" if row["tp"] != "1" else ""
@@ -194,14 +200,14 @@ def _memory(row: Row) -> str:
 
 
 def _label(row: Row) -> str:
-    kind = {"mile": "MiLe", "ce": "CE", "none": "no loss"}[row["objective"]]
+    kind = {"mile": "MiLe", "emo": "EMO", "ce": "CE", "none": "no loss"}[row["objective"]]
     return f"{row['provider']} ({kind})"
 
 
 def _colour(row: Row) -> str:
     if row["provider"].startswith("ours"):
         return OURS
-    return OTHER if row["objective"] == "mile" else CROSS_ENTROPY
+    return OTHER if row["objective"] in ("mile", "emo") else CROSS_ENTROPY
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -3,6 +3,7 @@
     python tools/bench/run.py                 fp32 and bf16, on a GPU bf16
     python tools/bench/run.py --tp 2          vocabulary shared by two ranks (gloo on CPUs)
     python tools/bench/run.py --hidden 512    the output layer too: hidden states and weight given
+    python tools/bench/run.py --cost-width 512    EMO with cost rows of 512, beside its dense form
 
 Every loss is compared with a float64 oracle on the timed shapes first; one that is wrong is not
 timed. They take turns, round after round, so that other work on the machine meets all alike: the
@@ -17,7 +18,8 @@ measured in the same rounds; extra_mib is the peak over forward and backward bey
 with --hidden, beyond the gradients of hidden states and weight that are left at the end; load is
 the mean of one minute (os.getloadavg) before the case began, with what earlier cases left of it;
 loss_error and gradient_error (of the worst gradient) are relative; threads are those of each rank;
-hidden is 0 where logits were given. An empty cell was not measured, and "status" says why.
+hidden is 0 where logits were given, cost_width 0 where EMO was not timed. An empty cell was not
+measured, and "status" says why.
 """
 
 from __future__ import annotations
@@ -57,14 +59,15 @@ def run(args: argparse.Namespace) -> None:
     _check_flags(args)
     output = Path(args.output)
     read_whole(output, COLUMNS)  # fails now rather than after the minutes of measuring
-    known = providers(args.hidden)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = max(1, args.threads // args.tp)
+    size = args.tokens, args.vocab, args.tp, threads, device, args.hidden, args.cost_width
+    known = providers(args.hidden, args.cost_width)
     references = [name for name in (BASELINE, FLOOR) if name in known]
     names = list(dict.fromkeys([*references, *(args.providers or known)]))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     where = conditions()
     for dtype in args.dtypes:
-        threads = max(1, args.threads // args.tp)
-        case = Case(dtype, args.tokens, args.vocab, args.tp, threads, device, args.hidden)
+        case = Case(dtype, *size)
         load = {"load": os.getloadavg()[0], "rounds": args.rounds}
         results, copies = run_case(case, names, args.rounds)
         ordered = {name: results[name] for name in known if name in results}
@@ -77,11 +80,19 @@ def run(args: argparse.Namespace) -> None:
 def _check_flags(args: argparse.Namespace) -> None:
     if args.hidden < 0:
         raise ToolError(f"--hidden is {args.hidden}; expected 0 (logits are given) or more")
-    known = providers(args.hidden)
+    if args.cost_width < 0 or (args.cost_width and args.hidden):
+        raise ToolError(
+            f"--cost-width is {args.cost_width} and --hidden {args.hidden}; expected one of them, "
+            "or 0 for both (the losses of logits)"
+        )
+    known = providers(args.hidden, args.cost_width)
     unknown = set(args.providers or ()) - set(known)
     if unknown:
+        workload = f"--hidden {args.hidden}"
+        if args.cost_width:
+            workload = f"--cost-width {args.cost_width}"
         raise ToolError(
-            f"--providers {', '.join(sorted(unknown))}: with --hidden {args.hidden} choose from "
+            f"--providers {', '.join(sorted(unknown))}: with {workload} choose from "
             f"{', '.join(known)}"
         )
     small = [key for key in ("tp", "tokens", "vocab", "threads", "rounds") if vars(args)[key] < 1]
@@ -112,13 +123,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=0,
         help="size of hidden states: time the output layer and the loss (default 0: of logits)",
     )
+    add(
+        "--cost-width",
+        type=int,
+        default=0,
+        help="width of a cost matrix: time EMO of logits and that matrix (default 0: MiLe Loss)",
+    )
     add("--dtypes", nargs="+", choices=list(DTYPES), default=dtypes, help="(default: %(default)s)")
     add("--tp", type=int, default=1, help="ranks that share the vocabulary (default: %(default)s)")
     add(
         "--threads", type=int, default=os.cpu_count() or 1, help="of all ranks (default: all cores)"
     )
     add("--rounds", type=int, default=11, help="timed calls of each loss (default: %(default)s)")
-    help_ = f"some of {', '.join(providers(0))}; with --hidden {', '.join(providers(1))}"
+    names = [", ".join(providers(*workload)) for workload in ((0, 0), (1, 0), (0, 1))]
+    help_ = f"some of {names[0]}; with --hidden {names[1]}; with --cost-width {names[2]}"
     add("--providers", nargs="+", help=f"{help_} (default: all)")
     default = Path(__file__).with_name("results.csv")
     add("--output", default=str(default), help="CSV to append to (default: results.csv beside it)")

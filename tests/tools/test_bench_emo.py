@@ -1,0 +1,66 @@
+"""tools/bench with --cost-width: EMO beside its dense form. Nothing depends on speed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bench_tables import SMALL, assert_phases, read_rows
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))
+
+import plot
+import run
+from _case import Case
+from _inputs import make_inputs
+from emo_oracle import emo_oracle
+from helpers import error
+
+OURS = ["ours", "ours-adaptive", "ours-inplace"]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Table of fp32 on one rank, then on two."""
+    path = tmp_path_factory.mktemp("bench") / "results.csv"
+    flags = [*SMALL, "--cost-width", "24", "--dtypes", "fp32", "--output", str(path)]
+    run.main(flags)
+    run.main([*flags, "--tp", "2"])
+    return path
+
+
+def test_table_times_emo_beside_its_dense_form(table: Path) -> None:
+    for tp in ("1", "2"):
+        for name in (*OURS, "megatron"):
+            rows = read_rows(table, provider=name, tp=tp)
+            assert_phases(rows, empty={"ratio_to_gemms"})
+            assert {row["cost_width"] for row in rows} == {"24"}
+    assert_phases(read_rows(table, provider="dense-emo", tp="1"), empty={"ratio_to_gemms"})
+    (row,) = read_rows(table, provider="dense-emo", tp="2")
+    assert row["status"] == "not run: needs the whole vocabulary"
+    # Target rows and statistics; nothing backward.
+    for name in OURS:
+        counts = [int(row["collectives"]) for row in read_rows(table, provider=name, tp="2")]
+        assert counts == [2, 0, 2]
+
+
+def test_plot_draws_emo_apart(table: Path) -> None:
+    times, _ = plot.read(table)
+    (picture,) = times
+    assert picture.name.endswith("_37x514_emo_24.png")
+
+
+def test_inputs_hold_the_truth() -> None:
+    inputs = make_inputs(Case("fp32", 37, 514, 1, 1, "cpu", 0, 24), 0, torch.device("cpu"))
+    (cost,) = inputs.given
+    truth = emo_oracle(inputs.leaves["logits"], inputs.targets, cost, upstream=inputs.upstream)
+    assert error(inputs.truths["emo"]["loss"], truth.loss) <= 1e-9  # without the 1e-10
+    assert error(inputs.truths["emo"]["logits"], truth.grad) <= 1e-9
+
+
+def test_run_refuses_two_workloads(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--cost-width", "8", "--hidden", "8"])
+    assert "--cost-width is 8 and --hidden 8; expected one of them" in capsys.readouterr().err
