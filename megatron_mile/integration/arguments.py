@@ -17,11 +17,14 @@ Namespace = argparse.Namespace
 NO_OBJECTIVE = "none"
 MASK_FLAG = "--mile-mask-padded-vocab"
 FUSED_FLAG = "--mile-fused-linear"
+COST_FLAG = "--mile-emo-cost"
+OUTPUT_LAYER = "output-layer"
 # What each objective is made of; other settings are free to change on resume.
 _DEFINED_BY = {
     "ce": (),
     "mile": ("gamma", "sigma", "normalize", "entropy_grad"),
     "focal": ("gamma", "normalize"),
+    "emo": ("emo_mode", "emo_gt_q", "emo_cap", "emo_cost"),
 }
 
 
@@ -58,6 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "(default False)",
     )
     group.add_argument(
+        COST_FLAG,
+        default=OUTPUT_LAYER,
+        metavar="SOURCE",
+        help="rows whose angles are the distances of emo: output-layer the model's own as it is in "
+        "each step, or the path of a fixed matrix: a .npy or .safetensors file, a Hugging Face "
+        f"folder, a Megatron checkpoint folder; of any width (default {OUTPUT_LAYER})",
+    )
+    group.add_argument(
         "--mile-allow-change",
         action="store_true",
         help="resume a checkpoint that was trained with other objective settings (default False)",
@@ -90,8 +101,11 @@ def parse(argv: Sequence[str]) -> Namespace:
         close = difflib.get_close_matches(flag, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"the flags are {', '.join(known)}"
         raise MileError(f"unknown flag {flag}; {hint}")
-    if config_from_namespace(namespace) is None:
+    config = config_from_namespace(namespace)
+    if config is None:
         _refuse_without_objective(argv)
+    else:
+        _refuse_combination(config, namespace)
     return namespace
 
 
@@ -110,6 +124,20 @@ def config_from_namespace(namespace: Namespace) -> ObjectiveConfig | None:
         raise MileError(f"--mile flags: {error}") from error
 
 
+def _refuse_combination(config: ObjectiveConfig, namespace: Namespace) -> None:
+    """Stop a job whose flags for the run do not fit its objective."""
+    if config.objective == "emo" and namespace.mile_fused_linear:
+        raise MileError(
+            f"{FUSED_FLAG} cannot be combined with --mile-objective emo, which reads the logits "
+            f"twice; train without {FUSED_FLAG}"
+        )
+    if config.objective != "emo" and namespace.mile_emo_cost != OUTPUT_LAYER:
+        raise MileError(
+            f"{COST_FLAG} {namespace.mile_emo_cost} with --mile-objective {config.objective}; it "
+            "is for emo"
+        )
+
+
 def _flag(setting: str) -> str:
     """The flag of a setting of ObjectiveConfig."""
     return "--mile-" + setting.replace("_", "-")
@@ -118,11 +146,13 @@ def _flag(setting: str) -> str:
 def _refuse_without_objective(argv: Sequence[str]) -> None:
     """Stop a job that sets up an objective without asking for one."""
     settings = {_flag(setting.name) for setting in dataclasses.fields(ObjectiveConfig)}
-    flags = {word.split("=", 1)[0] for word in given(argv)} & {*settings, MASK_FLAG, FUSED_FLAG}
+    flags = {word.split("=", 1)[0] for word in given(argv)} & {
+        *(*settings, MASK_FLAG, FUSED_FLAG, COST_FLAG)
+    }
     if flags and _flag("objective") not in flags:
         raise MileError(
             f"{', '.join(sorted(flags))} without an objective; add --mile-objective mile (or ce, "
-            "focal, or none for the host's own loss)"
+            "focal, emo, or none for the host's own loss)"
         )
 
 
@@ -141,7 +171,8 @@ def _defining_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     settings = objective_settings(stored)
     is_ours = settings["objective"] != NO_OBJECTIVE  # the host itself always counts the padding
     mask = is_ours and stored.get("mile_mask_padded_vocab", False)
-    return {**settings, "mask_padded_vocab": mask}
+    cost = stored.get("mile_emo_cost_digest") or OUTPUT_LAYER
+    return {**settings, "mask_padded_vocab": mask, "emo_cost": cost}
 
 
 def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

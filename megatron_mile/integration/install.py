@@ -17,9 +17,16 @@ import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration import versions
+from megatron_mile.integration.cost import check_objective, output_rows
 from megatron_mile.integration.errors import MileCompatError, MileError
 from megatron_mile.integration.loss_func import Window, current_window, is_training
-from megatron_mile.integration.models import check_shard, tp_group, unwrap
+from megatron_mile.integration.models import (
+    check_shard,
+    check_vocab_size,
+    mtp_heads,
+    tp_group,
+    unwrap,
+)
 from megatron_mile.integration.output_layer import (
     DeferredLogits,
     fuse_output_layer,
@@ -27,6 +34,7 @@ from megatron_mile.integration.output_layer import (
 )
 from megatron_mile.loss import TokenLoss, token_loss
 from megatron_mile.ops import dispatch
+from megatron_mile.transport import CostRows
 
 METHOD = "compute_language_model_loss"
 _attached: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -59,7 +67,11 @@ def uninstall() -> None:
 
 
 def attach(
-    model: Any, config: ObjectiveConfig, vocab_size: int | None = None, fused_linear: bool = False
+    model: Any,
+    config: ObjectiveConfig,
+    vocab_size: int | None = None,
+    fused_linear: bool = False,
+    cost: CostRows | None = None,
 ) -> None:
     """Patch one model instance, wrapped or not, or each chunk of a list; the last call holds.
 
@@ -69,13 +81,16 @@ def attach(
         vocab_size: The tokenizer's size: columns from there on are padding, which training leaves
             out of the softmax. None counts them, as Megatron does.
         fused_linear: Compute output projection and loss in one, a block of tokens at a time
-            (`linear_token_loss`), so that the logits never exist as a whole in training.
+            (`linear_token_loss`), so that the logits never exist as a whole in training; not emo.
+        cost: This rank's rows of EMO's fixed cost matrix; None for the output layer in each step.
 
     Raises:
         MileCompatError: Megatron's output layer is not as expected (with `fused_linear`).
         MileError: A chunk on the last pipeline stage has no `compute_language_model_loss`, its
-            projection cannot be fused, or `vocab_size` is not within its vocabulary.
+            projection cannot be fused, `vocab_size` is not within its vocabulary, or the objective
+            takes no `cost` or `fused_linear`.
     """
+    check_objective(config, fused_linear, cost)
     for chunk in model if isinstance(model, (list, tuple)) else [model]:
         module = unwrap(chunk)
         if not hasattr(module, METHOD):
@@ -83,12 +98,12 @@ def attach(
                 f"attach: {type(module).__name__} has no method {METHOD}; expected a Megatron "
                 "language model such as GPTModel"
             )
-        _check_vocab_size(module, vocab_size)
+        check_vocab_size(module, vocab_size)
         if getattr(module, "post_process", True):
             restore_output_layers(module)
             if fused_linear:
                 fuse_output_layer(module, resolve(versions.OUTPUT_LAYER))
-        hook = _make_hook(_host(type(module)), config, vocab_size)
+        hook = _make_hook(_host(type(module)), config, vocab_size, cost)
         module.__dict__[METHOD] = types.MethodType(hook, module)
         _attached.add(module)
 
@@ -97,17 +112,6 @@ def _host(owner: type) -> Callable[..., Any]:
     """The class's method without our hook."""
     method = getattr(owner, METHOD)
     return method.__wrapped__ if installed_config(method) is not None else method
-
-
-def _check_vocab_size(model: Any, vocab_size: int | None) -> None:
-    if vocab_size is None:
-        return
-    padded = getattr(model, "vocab_size", vocab_size)
-    if not 1 <= vocab_size <= padded:
-        raise MileError(
-            f"vocab_size is {vocab_size}, but the model has {padded} columns; expected the "
-            "tokenizer's size, from 1 to that"
-        )
 
 
 def installed_config(function: Any) -> ObjectiveConfig | None:
@@ -203,7 +207,10 @@ def _release() -> tuple[int, ...]:
 
 
 def _make_hook(
-    host: Callable[..., torch.Tensor], config: ObjectiveConfig, vocab_size: int | None = None
+    host: Callable[..., torch.Tensor],
+    config: ObjectiveConfig,
+    vocab_size: int | None = None,
+    cost: CostRows | None = None,
 ) -> Callable[..., Any]:
     """Build the method that replaces `host`."""
 
@@ -214,14 +221,14 @@ def _make_hook(
         if not is_training(self):
             return host(self, labels, logits)
         window = current_window()
-        if window is None and _mtp_heads(self):
+        if window is None and mtp_heads(self):
             raise MileError(
                 "a model with multi-token prediction needs its forward_step wrapped, so that its "
                 "main loss can be told from the others: use megatron_mile.wrap_forward_step"
             )
         window = window or Window()  # outside a forward step: fine until a backward comes
         window.calls += 1
-        if window.calls <= _mtp_heads(self):
+        if window.calls <= mtp_heads(self):
             return host(self, labels, logits)
         group = tp_group(self)
         targets = labels.transpose(0, 1)
@@ -230,23 +237,20 @@ def _make_hook(
             stats = logits.loss(targets, config, group, vocab_size)
         else:
             check_shard(self, labels, tuple(logits.shape), group)
-            stats = token_loss(logits, targets, config, group, inplace=True, vocab_size=vocab_size)
-        fields = (None if x is None else x.transpose(0, 1).contiguous() for x in stats)
-        stats = TokenLoss._make(fields)
+            emo = config.objective == "emo"
+            stats = token_loss(
+                logits,
+                targets,
+                config,
+                group,
+                inplace=not emo,  # EMO keeps its cosines beside the logits: one product, not two
+                vocab_size=vocab_size,
+                cost=(cost or output_rows(self)) if emo else None,
+            )
+        stats = TokenLoss._make(x if x is None else x.transpose(0, 1).contiguous() for x in stats)
         window.put(stats, config)
         return stats.loss
 
     compute_language_model_loss.__wrapped__ = host  # type: ignore[attr-defined]
     compute_language_model_loss.__megatron_mile__ = config  # type: ignore[attr-defined]
     return compute_language_model_loss
-
-
-def _mtp_heads(model: Any) -> int:
-    """How many multi-token-prediction losses come before the main one in each forward.
-
-    GPTModel computes them on the last stage wherever its MTP layers are, HybridModel only where
-    they are (`_postprocess` and `forward` of 0.19.2).
-    """
-    is_gpt = "GPTModel" in {base.__name__ for base in type(model).__mro__}
-    here = getattr(model, "mtp_process", False) or is_gpt
-    return (model.config.mtp_num_layers or 0) if here else 0

@@ -19,6 +19,8 @@ import torch
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration import arguments, versions
 from megatron_mile.integration.arguments import Namespace
+from megatron_mile.integration.cost import check_matrix, fixed_rows
+from megatron_mile.integration.cost_files import digest, read_matrix
 from megatron_mile.integration.errors import MileError
 from megatron_mile.integration.install import METHOD, attach, install, resolve
 from megatron_mile.integration.loss_func import wrap_forward_step
@@ -119,24 +121,46 @@ def _with_checks(
         from megatron.training import get_args, print_rank_0
 
         refuse_settings(get_args(), config)
+        matrix = _read_cost(get_args())
         built = host(*args, **kwargs)
         if config is not None:
             refuse_replaced_loss(get_args())
             refuse_models(built[0])
-            _attach(built[0], config, get_args())
+            _attach(built[0], config, get_args(), matrix)
         print_rank_0(start_block([*_objective_lines(get_args(), built[0][-1], config), *notes]))
         return built
 
     return setup_model_and_optimizer
 
 
-def _attach(chunks: Sequence[Any], config: ObjectiveConfig, args: Namespace) -> None:
+def _read_cost(args: Namespace) -> torch.Tensor | None:
+    """Read EMO's fixed matrix, if there is one, and note what it is with the job's settings."""
+    if args.mile_emo_cost == arguments.OUTPUT_LAYER:
+        return None
+    matrix = read_matrix(args.mile_emo_cost)
+    args.mile_emo_cost_digest = digest(matrix)  # Megatron stores its args with the checkpoint
+    return matrix
+
+
+def _attach(
+    chunks: Sequence[Any],
+    config: ObjectiveConfig,
+    args: Namespace,
+    matrix: torch.Tensor | None,
+) -> None:
     """Set up what concerns the built models rather than their class."""
     from megatron.training import get_tokenizer
 
-    vocab_size = get_tokenizer().vocab_size if args.mile_mask_padded_vocab else None
-    if vocab_size or args.mile_fused_linear:
-        attach(chunks, config, vocab_size, args.mile_fused_linear)
+    words = get_tokenizer().vocab_size
+    vocab_size = words if args.mile_mask_padded_vocab else None
+    for chunk in chunks:
+        cost = None
+        if matrix is not None:
+            check_matrix(matrix, words, unwrap(chunk).vocab_size)
+            if getattr(unwrap(chunk), "post_process", True):
+                cost = fixed_rows(matrix, words, chunk)
+        if cost or vocab_size or args.mile_fused_linear:
+            attach(chunk, config, vocab_size, args.mile_fused_linear, cost)
 
 
 def _objective_lines(
@@ -154,6 +178,7 @@ def _objective_lines(
     fused = f"with the loss, {CHUNK_TOKENS} tokens at a time in training"
     return [
         ("objective", describe(config)),
+        *_cost_lines(args, config),
         ("backend", dispatch.select(config.backend, device)[1]),
         ("projection", fused if args.mile_fused_linear else "the host's"),
         ("vocabulary", f"{columns} padded, {shard} on each TP rank; padding {padding}"),
@@ -164,6 +189,15 @@ def _objective_lines(
             "pretrain, setup_model_and_optimizer, check_checkpoint_args",
         ),
     ]
+
+
+def _cost_lines(args: Namespace, config: ObjectiveConfig) -> list[tuple[str, str]]:
+    """Say where EMO's cost rows come from."""
+    if config.objective != "emo":
+        return []
+    if args.mile_emo_cost == arguments.OUTPUT_LAYER:
+        return [("cost rows", "the output layer's, as they are in each step")]
+    return [("cost rows", f"{args.mile_emo_cost}, sha256 {args.mile_emo_cost_digest[:12]}")]
 
 
 def _with_objective_check(host: Callable[..., Any]) -> Callable[..., Any]:

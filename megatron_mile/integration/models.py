@@ -70,3 +70,26 @@ def check_shard(
             f"tensor-parallel ranks does not make the padded vocabulary of {vocabulary}; build "
             "the model with parallel_output=True and a vocabulary padded to a multiple of TP"
         )
+
+
+def check_vocab_size(model: Any, vocab_size: int | None) -> None:
+    """Raise if a tokenizer's size is given and not within the model's vocabulary."""
+    if vocab_size is None:
+        return
+    padded = getattr(model, "vocab_size", vocab_size)
+    if not 1 <= vocab_size <= padded:
+        raise MileError(
+            f"vocab_size is {vocab_size}, but the model has {padded} columns; expected the "
+            "tokenizer's size, from 1 to that"
+        )
+
+
+def mtp_heads(model: Any) -> int:
+    """How many multi-token-prediction losses come before the main one in each forward.
+
+    GPTModel computes them on the last stage wherever its MTP layers are, HybridModel only where
+    they are (`_postprocess` and `forward` of 0.19.2).
+    """
+    is_gpt = "GPTModel" in {base.__name__ for base in type(model).__mro__}
+    here = getattr(model, "mtp_process", False) or is_gpt
+    return (model.config.mtp_num_layers or 0) if here else 0

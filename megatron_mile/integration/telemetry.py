@@ -13,7 +13,7 @@ from megatron_mile.loss import TokenLoss
 from megatron_mile.parallel.tokens import masked, sum_over_ranks
 
 LM_LOSS = "lm loss"
-OWN_FIGURES = ("mile loss", "mile entropy", "mile weight")
+OWN_FIGURES = ("mile loss", "mile entropy", "mile weight", "mile emo")
 
 
 def report_with_objective(
@@ -38,9 +38,10 @@ def report_with_objective(
 
     Returns:
         The report with its "lm loss" replaced, followed by "mile loss" (what is differentiated),
-        "mile entropy" (nats) and "mile weight".
+        "mile entropy" (nats), "mile weight", and for emo "mile emo", the distance itself.
     """
-    figures = (stats.nll, objective, stats.entropy, stats.weight)
+    figures = [stats.nll, objective, stats.entropy, stats.weight]
+    figures += [] if stats.emo is None else [stats.emo]
     sums = torch.stack([*(masked(values, mask).sum() for values in figures), mask.double().sum()])
     host = report.get(LM_LOSS, next(iter(report.values()), None))
     if isinstance(host, (tuple, list)):
@@ -48,7 +49,7 @@ def report_with_objective(
     *totals, count = sums.float()
     plain, *ours = (_in_form_of(host, total, count) for total in totals)
     others = {key: value for key, value in report.items() if key != LM_LOSS}
-    return {LM_LOSS: plain, **others, **dict(zip(OWN_FIGURES, ours, strict=True))}
+    return {LM_LOSS: plain, **others, **dict(zip(OWN_FIGURES, ours, strict=False))}
 
 
 def _in_form_of(host: Any, total: torch.Tensor, count: torch.Tensor) -> Any:
@@ -72,6 +73,10 @@ def describe(config: ObjectiveConfig) -> str:
     """One line that says what is optimised."""
     if config.objective == "ce":
         return "ce (plain cross-entropy through megatron_mile)"
+    if config.objective == "emo":
+        options = [f"mode {config.emo_mode}", *["gt_q"] * config.emo_gt_q]
+        options += [f"ratio at most {config.emo_cap:g}"] if config.emo_cap else []
+        return f"emo ({', '.join(options)})"
     settings = [f"gamma {config.gamma:g}"]
     if config.objective == "mile":
         settings.append(f"sigma {config.sigma:g} nats")

@@ -9,26 +9,40 @@ from unittest import mock
 
 import helpers
 import torch
-from hook_model import MASK, MILE, batch, build_model, forward, forward_step, gradients, run_checks
+from emo_oracle import emo_oracle
+from hook_model import (
+    MASK,
+    MILE,
+    V,
+    batch,
+    build_model,
+    forward,
+    forward_step,
+    gradients,
+    raises,
+    run_checks,
+)
 from megatron.core import parallel_state
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-from megatron_mile import ObjectiveConfig, attach, install, uninstall, wrap_forward_step
+from megatron_mile import CostRows, ObjectiveConfig, attach, install, uninstall, wrap_forward_step
+from megatron_mile.integration.cost import check_matrix, fixed_rows, output_rows
+from megatron_mile.integration.errors import MileError
 
 # Measured on every version of megatron-core, the same digits: 9.6e-7, in the embedding's gradient.
 SAME = 2e-6
 
 
 def train(
-    model: Any, config: ObjectiveConfig | None, fused: bool = False
+    model: Any, config: ObjectiveConfig | None, fused: bool = False, cost: CostRows | None = None
 ) -> tuple[torch.Tensor, Any]:
     """Loss sum and report of one step, by the host or ours; leaves the gradients in the model."""
     uninstall()
     step = forward_step
     if config:
         install(config)
-        if fused:
-            attach(model, config, fused_linear=True)
+        if fused or cost:
+            attach(model, config, fused_linear=fused, cost=cost)
         step = wrap_forward_step(step, config)
     output, loss_func = step(None, model)
     total, _, report = loss_func(output)
@@ -38,12 +52,16 @@ def train(
 
 def dense_logits(model: Any) -> torch.Tensor:
     """Logits [b, s, V] of both shards."""
-    shard = forward(model, None).detach()
+    return gathered(forward(model, None).detach(), -1)
+
+
+def gathered(shard: torch.Tensor, dim: int) -> torch.Tensor:
+    """Both ranks' parts of a tensor."""
     shards = [torch.empty_like(shard) for _ in range(2)]
     torch.distributed.all_gather(
         shards, shard, group=parallel_state.get_tensor_model_parallel_group()
     )
-    return torch.cat(shards, -1)
+    return torch.cat(shards, dim)
 
 
 def check_ce_teaches_every_weight_as_the_host() -> None:
@@ -90,6 +108,53 @@ def check_mile_leaves_prediction_heads_to_the_host() -> None:
     heads = {name for name in host if name.startswith("mtp.")}
     assert heads
     assert {name for name in host if torch.equal(ours[name], host[name])} == heads
+
+
+def check_emo_teaches_every_weight_as_the_oracle() -> None:
+    """Each mode, with the output layer's rows, tied and not, and with fixed rows of another width.
+
+    The padding of the fixed matrix is rows of zeros.
+    """
+    labels = batch()[1]
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    fixed = torch.randn(V, 20, generator=torch.Generator().manual_seed(4))
+    fixed[90:] = 0
+    for mode, tied, rows in (("1", False, None), ("2", True, None), ("alone", False, fixed)):
+        model, config = build_model(tied), ObjectiveConfig("emo", emo_mode=mode)
+        layer = model.embedding.word_embeddings if tied else model.output_layer
+        whole = gathered(layer.weight.detach(), 0) if rows is None else rows
+        truth = emo_oracle(dense_logits(model), labels, whole, mode)
+        cost = None if rows is None else fixed_rows(rows[:90], 90, model)
+        total, report = train(model, config, cost=cost)
+        ours = gradients(model)
+        assert helpers.error(total, (MASK * truth.loss).sum()) < SAME
+        assert [*report][-1] == "mile emo"
+        for name, values in (
+            ("lm loss", truth.nll),
+            ("mile loss", truth.loss),
+            ("mile entropy", truth.entropy),
+            ("mile weight", torch.ones_like(truth.nll)),
+            ("mile emo", truth.emo),
+        ):
+            expected = torch.stack([(MASK * values).sum(), MASK.sum()])
+            assert helpers.error(report[name], expected) < SAME, name
+        shards = (MASK.unsqueeze(-1) * truth.grad).float().chunk(2, -1)
+        forward(model, None).backward(shards[rank])
+        for name, grad in gradients(model).items():
+            assert helpers.error(ours[name], grad) < SAME, (mode, name)
+
+
+def check_emo_refuses_what_it_cannot_do() -> None:
+    model, emo = build_model(), ObjectiveConfig("emo")
+    raises(MileError, "cannot be combined with the objective emo", attach, model, emo, None, True)
+    rows = CostRows(torch.ones(V // 2, 3))
+    raises(MileError, "with the objective mile", attach, model, MILE, None, False, rows)
+    matrix = torch.ones(V, 3)
+    check_matrix(matrix, V - 6, V)
+    raises(MileError, "96 rows, but the tokenizer 97 tokens", check_matrix, matrix, V + 1, 2 * V)
+    raises(MileError, "the model 95 columns", check_matrix, matrix, 90, V - 1)
+    model.output_layer.weight = None
+    raises(MileError, "GPTModel has no output layer's weight", output_rows, model)
 
 
 def check_sequence_parallel_changes_nothing() -> None:

@@ -17,6 +17,7 @@ FLAGS = {
     "--mile-emo-cap": 0.0,
     "--mile-mask-padded-vocab": False,
     "--mile-fused-linear": False,
+    "--mile-emo-cost": "output-layer",
     "--mile-allow-change": False,
     "--mile-cpu": False,
 }
