@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from typing import Any
 
 import torch
@@ -9,11 +11,13 @@ import torch
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration.arguments import COST_FLAG
 from megatron_mile.integration.errors import MileError
+from megatron_mile.integration.loss_func import is_training
 from megatron_mile.integration.models import tp_group, unwrap
-from megatron_mile.transport import CostRows
+from megatron_mile.transport import CostRows, TargetCosts
 
 # A table of all cosines takes the place of product and exchange up to this size on each rank.
 TABLE_BYTES = 1 << 28
+_ahead: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def output_rows(model: Any) -> CostRows:
@@ -83,3 +87,43 @@ def check_objective(config: ObjectiveConfig, fused_linear: bool, cost: CostRows 
         raise MileError("fused_linear=True cannot be combined with the objective emo; leave it out")
     if cost is not None and not is_emo:
         raise MileError(f"cost rows with the objective {config.objective}; they are for emo")
+
+
+class RowsAhead:
+    """Fetches the targets' rows when a training step enters the model, beside its computation."""
+
+    def __init__(self, model: Any, cost: CostRows | None) -> None:
+        """Watch an unwrapped model; `cost` is its fixed matrix, None its output layer."""
+        stop_fetching(model)
+        self.cost = cost
+        self.position = [*inspect.signature(model.forward).parameters].index("labels")
+        self.labels: torch.Tensor | None = None
+        self.version = 0
+        self.fetched: TargetCosts | None = None
+        _ahead[model] = model.register_forward_pre_hook(self._start, with_kwargs=True)
+
+    def _start(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.labels = kwargs.get("labels", (*args, *[None] * self.position)[self.position])
+        self.fetched = None
+        if self.labels is None or not is_training(model) or not model.post_process:
+            return
+        self.version = self.labels._version
+        self.fetched = self._fetch(model, self.labels)
+
+    def _fetch(self, model: Any, labels: torch.Tensor) -> TargetCosts:
+        cost = self.cost or output_rows(model)
+        return cost.fetch(labels.transpose(0, 1), tp_group(model))
+
+    def take(self, model: Any, labels: torch.Tensor) -> TargetCosts:
+        """Return the rows of these labels [b, s], fetched now if the step began with others."""
+        fetched, self.fetched = self.fetched, None
+        if fetched is None or labels is not self.labels or labels._version != self.version:
+            return self._fetch(model, labels)
+        return fetched
+
+
+def stop_fetching(model: Any = None) -> None:
+    """Undo `RowsAhead` of one model, or of all."""
+    for watched in [model] if model is not None else list(_ahead):
+        if watched in _ahead:
+            _ahead.pop(watched).remove()

@@ -17,7 +17,7 @@ import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration import versions
-from megatron_mile.integration.cost import check_objective, output_rows
+from megatron_mile.integration.cost import RowsAhead, check_objective, output_rows, stop_fetching
 from megatron_mile.integration.errors import MileCompatError, MileError
 from megatron_mile.integration.loss_func import Window, current_window, is_training
 from megatron_mile.integration.models import (
@@ -64,6 +64,7 @@ def uninstall() -> None:
         module.__dict__.pop(METHOD, None)
         _attached.discard(module)
     restore_output_layers()
+    stop_fetching()
 
 
 def attach(
@@ -103,7 +104,8 @@ def attach(
             restore_output_layers(module)
             if fused_linear:
                 fuse_output_layer(module, resolve(versions.OUTPUT_LAYER))
-        hook = _make_hook(_host(type(module)), config, vocab_size, cost)
+        rows = RowsAhead(module, cost).take if config.objective == "emo" else None
+        hook = _make_hook(_host(type(module)), config, vocab_size, rows)
         module.__dict__[METHOD] = types.MethodType(hook, module)
         _attached.add(module)
 
@@ -210,9 +212,9 @@ def _make_hook(
     host: Callable[..., torch.Tensor],
     config: ObjectiveConfig,
     vocab_size: int | None = None,
-    cost: CostRows | None = None,
+    rows: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Build the method that replaces `host`."""
+    """Build the method that replaces `host`; `rows` gives EMO's cost for (model, labels)."""
 
     def compute_language_model_loss(
         self: Any, labels: torch.Tensor, logits: torch.Tensor | DeferredLogits
@@ -235,18 +237,14 @@ def _make_hook(
         if isinstance(logits, DeferredLogits):
             check_shard(self, labels, logits.shape(group), group)
             stats = logits.loss(targets, config, group, vocab_size)
+        elif config.objective == "emo":
+            check_shard(self, labels, tuple(logits.shape), group)
+            cost = rows(self, labels) if rows else output_rows(self)
+            # Not in place: cosines are kept where the gradient will lie, or would be made twice.
+            stats = token_loss(logits, targets, config, group, vocab_size=vocab_size, cost=cost)
         else:
             check_shard(self, labels, tuple(logits.shape), group)
-            emo = config.objective == "emo"
-            stats = token_loss(
-                logits,
-                targets,
-                config,
-                group,
-                inplace=not emo,  # EMO keeps its cosines beside the logits: one product, not two
-                vocab_size=vocab_size,
-                cost=(cost or output_rows(self)) if emo else None,
-            )
+            stats = token_loss(logits, targets, config, group, inplace=True, vocab_size=vocab_size)
         stats = TokenLoss._make(x if x is None else x.transpose(0, 1).contiguous() for x in stats)
         window.put(stats, config)
         return stats.loss

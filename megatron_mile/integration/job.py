@@ -159,7 +159,7 @@ def _attach(
             check_matrix(matrix, words, unwrap(chunk).vocab_size)
             if getattr(unwrap(chunk), "post_process", True):
                 cost = fixed_rows(matrix, words, chunk)
-        if cost or vocab_size or args.mile_fused_linear:
+        if config.objective == "emo" or vocab_size or args.mile_fused_linear:
             attach(chunk, config, vocab_size, args.mile_fused_linear, cost)
 
 

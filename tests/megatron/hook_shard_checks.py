@@ -26,7 +26,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megatron_mile import CostRows, ObjectiveConfig, attach, install, uninstall, wrap_forward_step
-from megatron_mile.integration.cost import check_matrix, fixed_rows, output_rows
+from megatron_mile.integration.cost import RowsAhead, check_matrix, fixed_rows, output_rows
 from megatron_mile.integration.errors import MileError
 
 # Measured on every version of megatron-core, the same digits: 9.6e-7, in the embedding's gradient.
@@ -142,6 +142,39 @@ def check_emo_teaches_every_weight_as_the_oracle() -> None:
         forward(model, None).backward(shards[rank])
         for name, grad in gradients(model).items():
             assert helpers.error(ours[name], grad) < SAME, (mode, name)
+
+
+def check_attached_emo_fetches_rows_ahead_of_the_logits() -> None:
+    """Once a training step, before the output layer runs; for other labels once more."""
+    model, emo, labels = build_model(), ObjectiveConfig("emo"), batch()[1]
+    plain, _ = train(model, emo)
+    expected = gradients(model)
+    uninstall()
+    events: list[str] = []
+    model.output_layer.register_forward_pre_hook(lambda *_: events.append("logits"))
+    fetch = CostRows.fetch
+
+    def recorded(*args: Any) -> Any:
+        events.append("rows")
+        return fetch(*args)
+
+    with mock.patch.object(CostRows, "fetch", recorded):
+        attach(model, emo)
+        output, loss_func = wrap_forward_step(forward_step, emo)(None, model)
+        total = loss_func(output)[0]
+        total.backward()
+        forward(model.eval(), labels)
+        uninstall()
+        forward(model.train(), labels)
+        assert events == ["rows", "logits", "logits", "logits"]
+        ahead = RowsAhead(model, None)
+        forward(model, labels)
+        ahead.take(model, labels.clone())
+        assert events[4:] == ["rows", "logits", "rows"]
+    uninstall()
+    assert torch.equal(total, plain)
+    for name, grad in gradients(model).items():
+        assert torch.equal(grad, expected[name]), name
 
 
 def check_emo_refuses_what_it_cannot_do() -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -122,3 +123,36 @@ def test_resume_distributed_optimizer_works_or_ends_in_one_line(runs: TrainingRu
     assert "distributed optimizer" in error
     assert "Traceback" not in "".join(run.logs)
     assert not run.scalars
+
+
+def test_emo_goes_on_from_a_checkpoint_with_a_fixed_matrix(
+    runs: TrainingRuns, tmp_path: Path
+) -> None:
+    """At TP 2 and at PP 2, from the cost matrix of a checkpoint; and resumes with no other."""
+    start = runs.train(2, TP2, EVALUATE, MILE, STOP, save=True).checkpoint
+    emo = f"--mock-data --mile-cpu --mile-objective emo --mile-emo-cost {start}"
+    short = f"{emo} --load {start} --finetune --train-iters 4"
+    by_tensors = runs.train(2, TP2, short, save=True)
+    by_stages = runs.train(2, TP1, "--pipeline-model-parallel-size 2", short)
+    for figure in ("lm loss", "mile loss", "mile emo"):
+        values = by_tensors[figure]
+        assert len(values) == 4
+        assert furthest(by_stages[figure], values) < 1e-5  # measured 1.3e-7
+    distances = by_tensors["mile emo"]
+    assert all(0.1 < distance < 2 for distance in distances)
+    assert by_tensors["mile loss"][0] == pytest.approx(by_tensors["lm loss"][0], rel=1e-6)  # mode 1
+    assert "cost rows" in by_tensors.logs[0]
+    assert "sha256" in by_tensors.logs[0]
+
+    numpy.save(tmp_path / "other.npy", numpy.ones((250, 7), dtype=numpy.float32))
+    other = emo.replace(str(start), str(tmp_path / "other.npy"))
+    refused = runs.run(2, TP2, other, f"--load {by_tensors.checkpoint}")
+    assert refused.code != 0
+    (error,) = mile_errors("\n".join(refused.logs))
+    assert "trained with another objective: emo_cost " in error
+
+    narrow = tmp_path / "narrow.npy"
+    numpy.save(narrow, numpy.ones((100, 7), dtype=numpy.float32))
+    refused = runs.run(2, TP2, emo.replace(str(start), str(narrow)))
+    (error,) = mile_errors("\n".join(refused.logs))
+    assert "--mile-emo-cost has 100 rows, but the tokenizer 250 tokens" in error
