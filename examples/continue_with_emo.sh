@@ -21,4 +21,5 @@ exec "${PYTHON:-python}" -m torch.distributed.run --nproc-per-node "${TP:-1}" \
   "$(dirname "$0")/pretrain_gpt.py" --tensor-model-parallel-size "${TP:-1}" \
   --load "$checkpoint" --use-checkpoint-args --finetune --save "$out" --tensorboard-dir "$out" \
   --ckpt-format torch_dist --mile-objective emo --mile-emo-mode 1 --mile-emo-cost "$checkpoint" \
-  --lr 2e-5 --lr-decay-style cosine --lr-warmup-fraction 0.03 --log-interval 1 --eval-iters 0 "$@"
+  --lr 2e-5 --lr-decay-style cosine --lr-warmup-fraction 0.03 --log-interval 1 --eval-iters 0 \
+  --eval-interval 1000 --save-interval 1000 "$@"

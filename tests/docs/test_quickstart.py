@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -153,3 +155,38 @@ def test_quickstart_leaves_a_finished_run_alone(finished: Path, corpus: Path) ->
     assert result.returncode == 1
     assert "give --overwrite or a new --out" in result.stderr
     assert _state(finished) == before
+
+
+@pytest.mark.slow
+def test_continue_with_emo_goes_on_from_the_checkpoint(
+    finished: Path, summary: dict[str, Any], tmp_path: Path
+) -> None:
+    start, data = summary["objectives"]["mile"]["checkpoint"], finished / "data"
+    flags = f"--data-path {data}/train_text_document --data-cache-path {data}/cache --split 100,0,0"
+    flags += " --train-iters 2 --micro-batch-size 2 --global-batch-size 2 --num-workers 0"
+    flags += " --mile-cpu" * (summary["device"] == "cpu")
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    env = {**os.environ, "TP": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [EXAMPLES / "continue_with_emo.sh", start, tmp_path / "emo", *flags.split()],
+        env={**env, "GLOO_SOCKET_IFNAME": loopback, "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"cost rows    {start}, sha256 " in result.stdout
+    assert f"successfully loaded checkpoint from {start}" in result.stdout
+    steps = re.findall(r"lm loss: (\S+) .*mile emo: (\S+)", result.stdout)
+    assert len(steps) == 2
+    for loss, distance in steps:
+        # Near where the checkpoint's training ended, and far from its beginning; [0, 2].
+        first, final = (summary["objectives"]["mile"][f"{x}_lm_loss"] for x in ("first", "final"))
+        assert float(loss) < (first + final) / 2 + 0.5
+        assert 0 < float(distance) < 2
+    assert (tmp_path / "emo" / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+
+def test_continue_with_emo_explains_itself() -> None:
+    result = subprocess.run([EXAMPLES / "continue_with_emo.sh"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "TP=2 examples/continue_with_emo.sh CHECKPOINT OUT" in result.stderr

@@ -14,36 +14,27 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))
 import plot
 import run
 from _case import Case
+from _emo_losses import EMO_LOSSES
 from _inputs import make_inputs
 from emo_oracle import emo_oracle
 from helpers import error
 
-OURS = ["ours", "ours-adaptive", "ours-inplace"]
-
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Table of fp32 on one rank, then on two."""
+    """Table of fp32 on one rank."""
     path = tmp_path_factory.mktemp("bench") / "results.csv"
-    flags = [*SMALL, "--cost-width", "24", "--dtypes", "fp32", "--output", str(path)]
-    run.main(flags)
-    run.main([*flags, "--tp", "2"])
+    run.main([*SMALL, "--cost-width", "24", "--dtypes", "fp32", "--output", str(path)])
     return path
 
 
 def test_table_times_emo_beside_its_dense_form(table: Path) -> None:
-    for tp in ("1", "2"):
-        for name in (*OURS, "megatron"):
-            rows = read_rows(table, provider=name, tp=tp)
-            assert_phases(rows, empty={"ratio_to_gemms"})
-            assert {row["cost_width"] for row in rows} == {"24"}
-    assert_phases(read_rows(table, provider="dense-emo", tp="1"), empty={"ratio_to_gemms"})
-    (row,) = read_rows(table, provider="dense-emo", tp="2")
-    assert row["status"] == "not run: needs the whole vocabulary"
-    # Target rows and statistics; nothing backward.
-    for name in OURS:
-        counts = [int(row["collectives"]) for row in read_rows(table, provider=name, tp="2")]
-        assert counts == [2, 0, 2]
+    for name in ("ours", "ours-adaptive", "ours-inplace", "megatron", "dense-emo"):
+        rows = read_rows(table, provider=name)
+        assert_phases(rows, empty={"ratio_to_gemms"})
+        assert {row["cost_width"] for row in rows} == {"24"}
+    shared = EMO_LOSSES["dense-emo"].obstacle(Case("fp32", 1, 2, 2, 1, "cpu", 0, 24))
+    assert shared == "needs the whole vocabulary"
 
 
 def test_plot_draws_emo_apart(table: Path) -> None:
