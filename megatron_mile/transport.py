@@ -57,7 +57,8 @@ class CostRows:
         norms = torch.linalg.vector_norm(
             rows, dim=1, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32)
         )
-        self.unit = (rows / norms.clamp(min=torch.finfo(norms.dtype).tiny)).to(rows.dtype)
+        norms.clamp_(min=torch.finfo(norms.dtype).tiny)
+        self.unit = torch.div(rows, norms, out=torch.empty_like(rows))
         self.table: torch.Tensor | None = None
         """Cosines of every token of the vocabulary to this shard's, [V, V/tp], if there is room."""
 

@@ -105,7 +105,7 @@ class RowsAhead:
     def _start(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.labels = kwargs.get("labels", (*args, *[None] * self.position)[self.position])
         self.fetched = None
-        if self.labels is None or not is_training(model) or not model.post_process:
+        if self.labels is None or not (is_training(model) and getattr(model, "post_process", True)):
             return
         self.version = self.labels._version
         self.fetched = self._fetch(model, self.labels)
