@@ -39,7 +39,7 @@ _DESCRIPTIONS = {
 
 
 def read_matrix(path: str) -> torch.Tensor:
-    """Return the whole matrix [V, d] on the CPU, floating, mapped into memory where that is known.
+    """Return the whole matrix [V, d] on the CPU, floating; a .npy file stays on disk.
 
     Raises:
         MileError: There is no such matrix.

@@ -151,7 +151,8 @@ def _attach(
     """Set up what concerns the built models rather than their class."""
     from megatron.training import get_tokenizer
 
-    words = get_tokenizer().vocab_size
+    needs_size = args.mile_mask_padded_vocab or matrix is not None
+    words: Any = get_tokenizer().vocab_size if needs_size else None
     vocab_size = words if args.mile_mask_padded_vocab else None
     for chunk in chunks:
         cost = None

@@ -1,5 +1,6 @@
 """token_loss with the objective emo on one rank against the float64 oracle, and its edges."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -182,8 +183,9 @@ def test_token_loss_of_padding_columns_leaves_them_out() -> None:
     truth = emo_oracle(logits, targets, rows)
     padded = torch.full((12, 128), torch.nan, dtype=torch.float64)
     padded[:, :100] = logits
-    cost = CostRows(torch.cat([rows, torch.full((28, 24), torch.nan)]))
-    for inplace in (False, True):
+    rows = torch.cat([rows, torch.full((28, 24), torch.nan, dtype=torch.float64)])
+    fixed = CostRows(rows).tabulate()
+    for inplace, cost in itertools.product((False, True), (CostRows(rows), fixed)):
         leaf = padded.clone().requires_grad_()
         out = token_loss(leaf * 1, targets, EMO, inplace=inplace, vocab_size=100, cost=cost)
         (grad,) = torch.autograd.grad(out.loss, leaf, torch.ones_like(out.loss))
