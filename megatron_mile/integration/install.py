@@ -16,17 +16,11 @@ from typing import Any
 import torch
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.integration import versions
+from megatron_mile.integration import models, versions
 from megatron_mile.integration.cost import RowsAhead, check_objective, output_rows, stop_fetching
 from megatron_mile.integration.errors import MileCompatError, MileError
 from megatron_mile.integration.loss_func import Window, current_window, is_training
-from megatron_mile.integration.models import (
-    check_shard,
-    check_vocab_size,
-    mtp_heads,
-    tp_group,
-    unwrap,
-)
+from megatron_mile.integration.models import check_shard, check_vocab_size, tp_group, unwrap
 from megatron_mile.integration.output_layer import (
     DeferredLogits,
     fuse_output_layer,
@@ -223,14 +217,14 @@ def _make_hook(
         if not is_training(self):
             return host(self, labels, logits)
         window = current_window()
-        if window is None and mtp_heads(self):
+        if window is None and models.mtp_heads(self):
             raise MileError(
                 "a model with multi-token prediction needs its forward_step wrapped, so that its "
                 "main loss can be told from the others: use megatron_mile.wrap_forward_step"
             )
         window = window or Window()  # outside a forward step: fine until a backward comes
         window.calls += 1
-        if window.calls <= mtp_heads(self):
+        if window.calls <= models.mtp_heads(self):
             return host(self, labels, logits)
         group = tp_group(self)
         targets = labels.transpose(0, 1)
