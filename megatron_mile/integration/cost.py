@@ -27,13 +27,16 @@ def output_rows(model: Any) -> CostRows:
         MileError: The model has no weight [V/tp, h] of its own there.
     """
     layer = getattr(model, "output_layer", None)
-    weight = getattr(layer, "weight", None)
+    weight: Any = getattr(layer, "weight", None)
     if weight is None and getattr(model, "share_embeddings_and_output_weights", False):
         weight = model.shared_embedding_or_output_weight()
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or not weight.numel():
+    # A weight that is sharded once more (FSDP, GTP), or is somebody else's, has other rows.
+    shape = () if weight is None else tuple(weight.shape)
+    expected = model.vocab_size // tp_group(model).size()
+    if len(shape) != 2 or shape[0] != expected:
         raise MileError(
-            f"{type(model).__name__} has no output layer's weight that {COST_FLAG} output-layer "
-            f"could take; give {COST_FLAG} a fixed matrix"
+            f"the output layer of {type(model).__name__} has a weight {shape or None}; expected "
+            f"{expected} rows for {COST_FLAG} output-layer; give {COST_FLAG} a fixed matrix"
         )
     return CostRows(weight)
 

@@ -243,7 +243,7 @@ def check_later_steps_never_wait_for_a_value() -> None:
         loss = getattr(model, METHOD)(mode.from_tensor(batch()[1]), logits * 1)
         assert isinstance(loss, FakeTensor)
         window = loss_func.args[1]
-        window.stats = TokenLoss(*map(mode.from_tensor, window.stats))
+        window.stats = TokenLoss(*map(mode.from_tensor, window.stats[:5]))
         total, _, report = loss_func(mode.from_tensor(output))
     assert isinstance(total, FakeTensor)
     assert isinstance(report["mile loss"], FakeTensor)

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import reduce_loss, token_loss
+from megatron_mile.transport import CostRows
 
 MILE = ObjectiveConfig()
 
@@ -230,13 +231,14 @@ def test_token_loss_refuses_a_backend_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["kept", "in place"])
-@pytest.mark.parametrize("objective", ["ce", "mile", "focal"])
+@pytest.mark.parametrize("objective", ["ce", "mile", "focal", "emo"])
 def test_token_loss_never_waits_for_a_value(objective: str, inplace: bool) -> None:
     # As CUDA graphs need it: a tensor without values raises where one is read.
     config = ObjectiveConfig(objective, backend="torch")
     with FakeTensorMode():
         leaf = torch.empty(2, 3, 50, requires_grad=True)
         targets = torch.empty(2, 3, dtype=torch.long)
-        out = token_loss(leaf * 1, targets, config, inplace=inplace, vocab_size=40)
+        cost = CostRows(torch.empty(50, 6)) if objective == "emo" else None
+        out = token_loss(leaf * 1, targets, config, inplace=inplace, vocab_size=40, cost=cost)
         reduce_loss(out, mask=out.valid, config=config).backward()
         assert leaf.grad is not None
