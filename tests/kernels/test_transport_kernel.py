@@ -43,4 +43,4 @@ def test_token_loss_matches_oracle(mode: str, inplace: bool) -> None:
     assert out.emo is not None
     fields = (out.loss, out.nll, out.entropy, out.emo, grad)
     for name, ours, exact in zip(truth._fields, fields, truth, strict=True):
-        assert error(ours.cpu(), exact) <= 2e-6, name  # measured 2.6e-7
+        assert error(ours.cpu(), exact) <= 2e-6, name  # measured 2.8e-7

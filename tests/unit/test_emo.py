@@ -164,9 +164,9 @@ def test_token_loss_keeps_the_digits_of_small_distances(mode: str) -> None:
         logits, targets, ObjectiveConfig("emo", emo_mode=mode), CostRows(rows)
     )
     for ours, truth in ((nll, beside.log1p()), (emo, distance)):
-        assert ((ours.double() - truth) / truth).abs().max() <= 1e-6  # measured 2.7e-7
-    large = beside > 1e-6  # where the 1e-10 of the ratios counts little
-    assert ((loss.double() - expected) / expected).abs()[large].max() <= 2e-4
+        assert ((ours.double() - truth) / truth).abs().max() <= 6e-7  # measured 1.9e-7
+    large = beside > 1e-6  # where the 1e-10 of the ratios counts little: measured 1.5e-6
+    assert ((loss.double() - expected) / expected).abs()[large].max() <= 5e-6
 
 
 def test_token_loss_gives_ignored_tokens_exactly_zero() -> None:
