@@ -117,16 +117,10 @@ def _check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the flags do not fit together.
     """
-    at_once = args.micro_batch_size * args.data_parallel_size
     if args.hybrid_layer_pattern or args.num_experts:
         raise ValueError("only dense GPT models can be estimated")
     if args.vocab_size is None and args.padded_vocab_size is None:
         raise ValueError("--vocab-size is missing")
-    if args.global_batch_size % at_once:
-        raise ValueError(
-            f"global batch size {args.global_batch_size} is no multiple of micro-batch size "
-            f"{args.micro_batch_size} x data parallel size {args.data_parallel_size}"
-        )
     if args.num_attention_heads % args.tensor_model_parallel_size:
         raise ValueError(
             f"{args.num_attention_heads} attention heads are no multiple of tensor parallel size "
