@@ -5,7 +5,7 @@
 #        examples/launch.sh NAME FLAG ...          the same for a model of your own
 #
 # A FLAG is any of Megatron's or a --mile flag; it wins over what the scripts set.
-#   --mile-objective NAME   ce, mile, focal, or none for Megatron's own loss (default: mile)
+#   --mile-objective NAME   mile, ce, focal ...; none is Megatron's own loss (default: mile)
 #   --mile-cpu              run on CPUs (without what needs Transformer Engine)
 #   --dry-run               print the command, do not run it
 #   --help                  print this text
@@ -60,8 +60,8 @@ parallel=(
     --tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp"
     --context-parallel-size "$cp" --micro-batch-size "${MICRO_BATCH:-1}"
 )
-# These need Transformer Engine or apex: the norm of sequence parallelism, and the resume of the
-# distributed optimizer. Megatron turns sequence parallelism off where TP is 1.
+# Sequence parallelism (which Megatron turns off where TP is 1) and the resume of the distributed
+# optimizer need Transformer Engine or apex.
 [[ $cpu ]] || parallel+=(
     --sequence-parallel
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
@@ -109,8 +109,8 @@ fi
 
 python=${PYTHON:-$root/.venv/bin/python}
 [[ ${PYTHON:-} || -x $python ]] || python=python3
-# Of the settings: tensor parallelism needs one queue on GPUs before Blackwell; torchrun would kill
-# ranks that still write a checkpoint after 30 seconds.
+# Megatron's tensor parallelism wants one queue on GPUs before Blackwell, and torchrun would kill
+# ranks that still write a checkpoint 30 seconds after SIGTERM.
 command=(
     env "PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}"
     "CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}"

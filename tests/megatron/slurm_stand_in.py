@@ -7,6 +7,7 @@ in the folder that SLURM_STAND_IN names. What real Slurm does besides (limits, p
 containers) is not here.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -33,7 +34,8 @@ def scancel(words: list[str]) -> int:
     assert words == ["--signal=TERM", os.environ["SLURM_JOB_ID"]]
     step = psutil.Process(int((FOLDER / "srun.pid").read_text()))
     for process in step.children(recursive=True):
-        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
     return 0
 
 
