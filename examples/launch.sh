@@ -19,7 +19,7 @@
 #   RUN_DIR          checkpoints, TensorBoard files, index cache        (runs/NAME-OBJECTIVE)
 #                    a job started again with the same RUN_DIR resumes
 #   TP, PP, CP       tensor, pipeline, context parallel sizes           (1)
-#   MICRO_BATCH      sequences a rank computes at a time                (1; the sizes have their own)
+#   MICRO_BATCH      sequences a rank computes at a time                (1; the sizes set theirs)
 #   PRECISION        bf16 or fp32                                       (bf16)
 #   MEGATRON_LM_DIR  Megatron-LM checkout whose pretrain_gpt.py runs    (examples/pretrain_gpt.py)
 #   GPUS_PER_NODE    ranks of this node               (all GPUs of the node; without any TP*PP*CP)
@@ -47,13 +47,14 @@ while (($#)); do
     case $1 in
         -h | --help) usage && exit ;;
         --dry-run) dry_run=yes ;;
+        --mile-objective) set -- "$1=${2:-}" "${@:3}" && continue ;;
         --mile-objective=*) objective=${1#*=} ;;
-        --mile-objective) shift && objective=${1:?--mile-objective needs a name} ;;
         --mile-cpu) cpu=yes flags+=("$1") ;;
         *) flags+=("$1") ;;
     esac
     shift
 done
+[[ $objective ]] || fail "--mile-objective: expected a name, such as mile"
 
 tp=${TP:-1} pp=${PP:-1} cp=${CP:-1}
 parallel=(
@@ -92,7 +93,7 @@ record=(
 script=$root/examples/pretrain_gpt.py
 if [[ ${MEGATRON_LM_DIR:-} ]]; then
     script=$MEGATRON_LM_DIR/pretrain_gpt.py
-    [[ -f $script ]] || fail "MEGATRON_LM_DIR=$MEGATRON_LM_DIR: expected a checkout with pretrain_gpt.py"
+    [[ -f $script ]] || fail "no $script; set MEGATRON_LM_DIR to a checkout of Megatron-LM"
 fi
 
 ranks=${GPUS_PER_NODE:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)}

@@ -62,9 +62,8 @@ def micro_batches(args: argparse.Namespace) -> int:
 
 def shard_parameters(args: argparse.Namespace) -> float:
     """Parameters on the fullest rank, by Megatron's formula."""
-    return _formula(
-        "compute_weight_and_optimizer_memory", args, {"use_distributed_optimizer": False}
-    ) / (_BYTES_A_PARAMETER)
+    changes = {"use_distributed_optimizer": False}
+    return _formula("compute_weight_and_optimizer_memory", args, changes) / _BYTES_A_PARAMETER
 
 
 def _state_bytes(args: argparse.Namespace) -> tuple[float, float, float]:

@@ -152,7 +152,7 @@ def test_launch_runs_the_script_of_a_checkout(tmp_path: Path) -> None:
         ({"PRECISION": "fp8"}, "PRECISION=fp8: expected bf16 or fp32"),
         ({"DATA_PATH": "/d/a"}, "DATA_PATH is set; set TOKENIZER_MODEL too"),
         ({"NNODES": "2"}, "NNODES=2: set MASTER_ADDR to the address of node 0"),
-        ({"MEGATRON_LM_DIR": "/no"}, "MEGATRON_LM_DIR=/no: expected a checkout"),
+        ({"MEGATRON_LM_DIR": "/no"}, "no /no/pretrain_gpt.py; set MEGATRON_LM_DIR to"),
     ],
     ids=lambda case: "" if isinstance(case, str) else next(iter(case)),
 )
@@ -161,6 +161,13 @@ def test_launch_refuses_in_one_line(variables: dict[str, str], message: str) -> 
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"examples/launch.sh: error: {message}")
+
+
+def test_launch_wants_an_objective_after_its_flag() -> None:
+    result = launch(SIZES[0], "--mile-objective")
+    assert (result.returncode, result.stderr) == (
+        2, "examples/launch.sh: error: --mile-objective: expected a name, such as mile\n"
+    )  # fmt: skip
 
 
 def test_slurm_script_asks_for_a_script() -> None:
