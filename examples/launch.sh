@@ -85,7 +85,8 @@ fi
 
 run=${RUN_DIR:-runs/$name-$objective}
 record=(
-    --save "$run/checkpoints" --load "$run/checkpoints" --exit-signal-handler
+    --save "$run/checkpoints" --load "$run/checkpoints"
+    --exit-signal-handler --exit-signal SIGURG
     --tensorboard-dir "$run/tensorboard" --data-cache-path "$run/cache"
     --log-interval 10 --log-throughput
 )
@@ -110,13 +111,14 @@ fi
 
 python=${PYTHON:-$root/.venv/bin/python}
 [[ ${PYTHON:-} || -x $python ]] || python=python3
-# Megatron's tensor parallelism wants one queue on GPUs before Blackwell, and torchrun would kill
-# ranks that still write a checkpoint 30 seconds after SIGTERM.
+# Megatron's tensor parallelism wants one queue on GPUs before Blackwell, and torchrun would kill ranks
+# that still write a checkpoint after 30 seconds.
 command=(
     env "PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}"
     "CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
-    "$python" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$ranks" "${where[@]}"
+    "$python" -m torch.distributed.run --signals-to-handle "SIGURG,SIGINT,SIGHUP,SIGQUIT"
+    --nnodes "$nodes" --nproc-per-node "$ranks" "${where[@]}"
     -m megatron_mile.launch "$script" --mile-objective "$objective"
     "${parallel[@]}" "${precision[@]}" "${data[@]}" "${record[@]}" "${flags[@]}"
 )
@@ -124,4 +126,18 @@ if [[ $dry_run ]]; then
     printf '%q ' "${command[@]}" && echo
     exit
 fi
-exec "${command[@]}"
+
+# SIGTERM would also end the process that Megatron keeps for its checkpoints from the first one on,
+# so all below this shell ignore it. SIGURG, which processes ignore by themselves, stands for it:
+# torchrun (of PyTorch 2.10 or later) passes it on, and the ranks save and end.
+(trap '' TERM && exec "${command[@]}") &
+job=$!
+trap 'kill -URG "$job" || true' TERM
+status=0
+wait "$job" || status=$?
+# A trapped signal ends `wait` early.
+while kill -0 "$job" 2>/dev/null; do
+    status=0
+    wait "$job" || status=$?
+done
+exit "$status"
