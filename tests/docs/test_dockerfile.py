@@ -1,0 +1,71 @@
+"""What can be checked of the Dockerfile without building it, which needs docker and the base."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# With the lines joined that end in a backslash, as docker reads them.
+TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")
+CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+
+
+def pins(text: str) -> dict[str, str]:
+    """Version by name of the lines NAME==VERSION, names as the package index compares them."""
+    pairs = (line.split("==") for line in text.splitlines() if re.match(r"[\w.-]+==", line))
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pairs}
+
+
+def test_dockerfile_is_sound() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    words = [hadolint, ROOT / "Dockerfile"]
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
+def test_dockerfile_copies_what_is_there() -> None:
+    sources = [
+        name for line in re.findall(r"^COPY (.*) \S+$", TEXT, flags=re.M) for name in line.split()
+    ]
+    assert {"megatron_mile", "examples", "tools", "constraints.txt"} <= set(sources)
+    assert [name for name in sources if not (ROOT / name).exists()] == []
+
+
+def test_dockerfile_builds_on_the_base_of_the_pinned_megatron() -> None:
+    # docker/.ngc_version.dev of Megatron-LM's core_v0.19.0.
+    assert re.findall("^FROM (.*)", TEXT, flags=re.M) == ["nvcr.io/nvidia/pytorch:26.06-py3"]
+    assert pins(CONSTRAINTS)["megatron-core"].startswith("0.19.")
+
+
+def test_dockerfile_ends_as_another_user_than_root() -> None:
+    *_, last = re.findall(r"^USER (\S+)", TEXT, flags=re.M)
+    assert f"useradd --create-home --uid {last} " in TEXT
+
+
+def test_dockerfile_keeps_what_the_base_has(tmp_path: Path) -> None:
+    """The pins that its awk program joins, for a base such as NVIDIA's."""
+    (program,) = re.findall(r"awk -F== '(.*?)'", TEXT)
+    base = tmp_path / "base.txt"
+    base.write_text("torch==2.13.0a0+1234.nv26.06\nMarkupSafe==2.1.0\ntyping_extensions==4.1.0\n")
+    joined = subprocess.run(
+        ["awk", "-F==", program, base, ROOT / "constraints.txt"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    names = [line.split("==")[0] for line in joined.splitlines() if "==" in line]
+    assert len(set(names)) == len(names)
+    kept = pins(base.read_text())
+    assert pins(joined) == {**pins(CONSTRAINTS), **kept}
+    assert pins(joined)["torch"] == "2.13.0a0+1234.nv26.06"
+
+
+def test_constraints_pin_what_the_image_installs() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^train = \[\n(.*?)^\]", project, flags=re.M | re.S)
+    names = [name.lower() for name in re.findall(r'^  "([\w.-]+)', block, flags=re.M)]
+    assert "megatron-core" in names
+    assert set(names) <= set(pins(CONSTRAINTS))
