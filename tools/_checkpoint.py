@@ -75,7 +75,7 @@ def checkpoint_folder(load: str | Path, step: int | None = None) -> Path:
     except ValueError:
         raise ToolError(f"{load / TRACKER}: expected the number of an iteration") from None
     if not (load / name / LAST_FILE).is_file():
-        raise ToolError(f"no whole torch_dist checkpoint at {load / name}: no {LAST_FILE}")
+        raise ToolError(f"no torch_dist checkpoint at {load / name}: no {LAST_FILE}")
     return load / name
 
 
