@@ -8,12 +8,11 @@ any parallel layout has trained with --swiglu --normalization RMSNorm --disable-
 --position-embedding-type rope. The folder has config.json, generation_config.json, safetensors
 files and the tokenizer's; transformers loads it as LlamaForCausalLM. The optimizer stays behind.
 
-To megatron: a checkpoint of weights alone, which --load takes at any parallel layout and begins at
-iteration 0 with. --use-checkpoint-args takes the model's flags from it, but for --norm-epsilon; an
-objective is new to it and needs --mile-allow-change. --model gpt is for GPTModel with layers of
-Transformer Engine or local ones, and for HybridModel with those of Transformer Engine (in
-megatron-core 0.19); hybrid and hybrid-local are HybridModel's own, with those of Transformer Engine
-or local ones.
+To megatron: a checkpoint of weights alone, which --load takes at any parallel layout; give
+--finetune with it. --use-checkpoint-args takes the model's flags from it, but for --norm-epsilon.
+--model gpt is for GPTModel with layers of Transformer Engine or local ones, and for HybridModel
+with those of Transformer Engine (in megatron-core 0.19); hybrid and hybrid-local are HybridModel's
+own, with those of Transformer Engine or local ones.
 
 A tensor that is not the model's, is missing or has another size is an error that names it, and so
 is a setting that LLaMA does not have. Weights are moved and never computed with: without --dtype

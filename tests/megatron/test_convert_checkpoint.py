@@ -31,7 +31,7 @@ import preprocess_data  # noqa: E402
 import train_tokenizer  # noqa: E402
 
 PP2 = f"{TP1} --pipeline-model-parallel-size 2"
-# Logits up to 7 of models with wide weights; measured 9e-6 at most. Losses: 4e-6.
+# In fp32, with logits up to 3.6: measured 2.4e-6; losses 1.9e-6.
 SAME_LOGITS = SAME_LOSSES = 1e-5
 SAME = 2e-6  # as between all layouts
 
@@ -50,7 +50,7 @@ def differences(checkpoint: Path, folder: Path, *prefix: object) -> dict[str, fl
     done = python(HERE / "convert_oracle.py", checkpoint, folder, *prefix)
     assert done.returncode == 0, done.stderr[-2000:]
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    assert figures["scale"] > 1
+    assert figures["scale"] > 3
     return figures
 
 
@@ -66,7 +66,7 @@ def trained(runs: TrainingRuns, tmp_path_factory: pytest.TempPathFactory) -> tup
     preprocess_data.main(f"--input {text} {output} {flags}".split())
     data = f"--data-path {folder}/text_text_document --split 100,0,0 {flags}"
     mile = MILE.replace("--mock-data", data)
-    queries = "--group-query-attention --num-query-groups 2"
+    queries = "--group-query-attention --num-query-groups 2 --init-method-std 0.1"
     run = runs.train(2, TP2, mile, queries, "--train-iters 4", save=True)
     return run.checkpoint, folder / "text_text_document"
 
@@ -87,7 +87,7 @@ def test_raw_text_becomes_a_hugging_face_model_and_megatrons_again(
     assert after.keys() == {key for key in before if not key.startswith("optimizer")}
     assert not [key for key in after if not torch.equal(after[key], before[key])]
     # Megatron itself: with weights of their own, these layouts would begin with other losses.
-    flags = f"{MILE} --mile-allow-change --train-iters 2 --load {again} --use-checkpoint-args"
+    flags = f"{MILE} --finetune --train-iters 2 --load {again} --use-checkpoint-args"
     one = runs.train(1, TP1, flags)["lm loss"]
     for layout in (TP2, PP2):
         assert furthest(runs.train(2, layout, flags)["lm loss"], one) <= SAME
@@ -115,7 +115,7 @@ def test_hugging_face_model_becomes_megatrons(form: str, tmp_path: Path) -> None
         num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=64,
-        initializer_range=0.2,
+        initializer_range=0.1,
         rms_norm_eps=3e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
         tie_word_embeddings=form == "gpt",

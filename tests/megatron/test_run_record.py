@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_runs import HERE, MILE, STOP, TP1, TP2, Run, TrainingRuns, mile_errors
+from training_runs import HERE, MILE, STOP, TP2, Run, TrainingRuns, mile_errors
 
 from megatron_mile.integration.record import changed_data, fingerprint, git_state
 
@@ -46,7 +46,7 @@ def test_resume_adds_a_start_and_refuses_other_data(runs: TrainingRuns) -> None:
     assert len(starts(half)) == 1
     runs.train(2, TP2, flags, again)
     assert [start["iteration"] for start in starts(half)] == [0, 6]
-    runs.train(1, TP1, MILE, f"--load {half.checkpoint} --finetune --train-iters 2")
+    runs.train(2, TP2, MILE, f"--load {half.checkpoint} --mile-allow-change")
 
 
 def test_fingerprint_is_of_the_whole_file_or_of_64_blocks(tmp_path: Path) -> None:
