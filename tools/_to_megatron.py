@@ -48,15 +48,14 @@ def to_megatron(args: argparse.Namespace) -> str:
     dtype = choose_dtype(args.dtype, tensors.dtypes)
     padding = _padding(source, model, dtype)
     padded = model._replace(vocab=model.vocab + len(padding[EMBEDDING]))
-
     trained = args_of(padded, form, config, dtype)
     if has_tokenizer(source):
-        trained.tokenizer_type, trained.tokenizer_model = (
-            "HuggingFaceTokenizer",
-            str(source.resolve()),
-        )
-    sizes = {weight.key: weight.size for weight in weights(padded, form)}
-    with new_folder(Path(args.output)) as folder, progress(weights(padded, form)) as bar:
+        trained.tokenizer_type = "HuggingFaceTokenizer"
+        trained.tokenizer_model = str(source.resolve())
+    found = weights(padded, form)
+    common = {"args": trained, "iteration": 0, "checkpoint_version": 3.0, "content_metadata": {}}
+    objects = {**dict.fromkeys(extra_states(model, form)), COMMON: common}
+    with new_folder(Path(args.output)) as folder, progress(found) as bar:
 
         def make(key: str) -> torch.Tensor:
             tensor = unpadded[key].join(tensors.__getitem__).to(dtype)
@@ -64,17 +63,11 @@ def to_megatron(args: argparse.Namespace) -> str:
             bar.update(tensor.numel())
             return tensor
 
-        objects = dict.fromkeys(extra_states(model, form))
-        common = {
-            "args": trained,
-            "iteration": 0,
-            "checkpoint_version": 3.0,
-            "content_metadata": {},
-        }
-        write_checkpoint(folder / RELEASE, sizes, dtype, make, {**objects, COMMON: common})
+        sizes = {weight.key: weight.size for weight in found}
+        write_checkpoint(folder / RELEASE, sizes, dtype, make, objects)
         (folder / TRACKER).write_text(RELEASE)
-    epsilon = f"--norm-epsilon {trained.layernorm_epsilon:g}"
-    return f"{model.vocab} tokens, padded to {padded.vocab}; train with {epsilon}"
+    flag = f"--norm-epsilon {trained.layernorm_epsilon:g}"
+    return f"{model.vocab} tokens, padded to {padded.vocab}; train with {flag}"
 
 
 def _padding(source: Path, model: Llama, dtype: torch.dtype) -> dict[str, torch.Tensor]:

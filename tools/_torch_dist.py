@@ -99,10 +99,9 @@ class Checkpoint:
     def tensor(self, key: str) -> torch.Tensor:
         """Read one tensor whole, in its own dtype, onto the CPU."""
         entry = self.tensors[key]
-        tensor: torch.Tensor = self._read(
-            key, torch.empty(entry.size, dtype=entry.properties.dtype)
-        )
-        return tensor
+        target = torch.empty(entry.size, dtype=entry.properties.dtype)
+        self._read(key, target)
+        return target
 
     def common(self) -> dict[str, Any]:
         """Read what Megatron stores beside the tensors: "args", "iteration" and others."""

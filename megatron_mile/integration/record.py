@@ -163,6 +163,7 @@ def describe_start(args: Namespace) -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "iteration": args.iteration,
+        "folder": os.getcwd(),
         "command": shlex.join(sys.argv),
         "processes": args.world_size,
         "device": gpu or "cpu",
