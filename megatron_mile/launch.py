@@ -26,8 +26,8 @@ def prepare(argv: list[str]) -> None:
 
     Call it before the first import of megatron. CPU mode adds the flags it needs to `argv`. A
     second call with the same flags changes nothing, so a script that calls it may also be started
-    by the launcher. Without a --mile flag only a resume is watched: a checkpoint of another
-    objective is refused.
+    by the launcher. Without a --mile flag the run is recorded beside its checkpoints and a resume
+    watched: a checkpoint of another objective, or of other data, is refused.
 
     Raises:
         MileError: A flag does not fit, or Megatron is not as expected.
@@ -37,10 +37,10 @@ def prepare(argv: list[str]) -> None:
     on_cpu = cpu.wanted(argv)
     asks_help = "--help" in argv or "-h" in argv
     if not (arguments.given(argv) or on_cpu or asks_help):
-        if any(word.split("=")[0] == "--load" for word in argv):
-            from megatron_mile.integration.job import watch_resume
+        if any(word.split("=")[0] in ("--load", "--save") for word in argv):
+            from megatron_mile.integration.job import watch_run
 
-            watch_resume()
+            watch_run()
         return
     settings: Namespace = arguments.parse(argv)
     notes: list[tuple[str, str]] = []

@@ -1,8 +1,8 @@
 """Builds the model of a Megatron checkpoint in one process, whatever layout trained it.
 
 Megatron's torch_dist checkpoints hold every tensor whole, so one process can read what any number
-of tensor- and pipeline-parallel ranks wrote. Nothing is unpickled beyond what torch's
-`weights_only` loading and Megatron's list of safe classes allow.
+of tensor- and pipeline-parallel ranks wrote. What Megatron unpickles without a limit is read by the
+rules of `_torch_dist` first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from _cli import ToolError
 from _megatron import megatron_module
+from _torch_dist import LAST_FILE, Checkpoint, cause_of
+from torch.distributed.checkpoint.api import CheckpointException
 
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # Megatron's word for weights that come from elsewhere
 # One process, plain PyTorch layers: settings of the training run that do not hold here.
 _SINGLE_PROCESS = {
     "tensor_model_parallel_size": 1,
@@ -62,18 +66,21 @@ def checkpoint_folder(load: str | Path, step: int | None = None) -> Path:
         ToolError: there is no checkpoint.
     """
     load = Path(load)
-    if step is None and (load / "metadata.json").is_file():
+    if step is None and (load / LAST_FILE).is_file():
         return load
-    tracker = load / "latest_checkpointed_iteration.txt"
     try:
-        name = f"iter_{step if step is not None else int(tracker.read_text()):07d}"
+        name = _folder_name(step if step is not None else (load / TRACKER).read_text().strip())
     except FileNotFoundError:
-        raise ToolError(f"no Megatron checkpoint in {load}: {tracker.name} is missing") from None
+        raise ToolError(f"no Megatron checkpoint in {load}: {TRACKER} is missing") from None
     except ValueError:
-        raise ToolError(f"{tracker}: expected the number of an iteration") from None
-    if not (load / name / "metadata.json").is_file():
-        raise ToolError(f"no torch_dist checkpoint at {load / name}")
+        raise ToolError(f"{load / TRACKER}: expected the number of an iteration") from None
+    if not (load / name / LAST_FILE).is_file():
+        raise ToolError(f"no torch_dist checkpoint at {load / name}: no {LAST_FILE}")
     return load / name
+
+
+def _folder_name(latest: int | str) -> str:
+    return RELEASE if latest == RELEASE else f"iter_{int(latest):07d}"
 
 
 def choose_device(cpu: bool) -> torch.device:
@@ -85,8 +92,10 @@ def choose_device(cpu: bool) -> torch.device:
     if not cpu and torch.cuda.is_available():
         return torch.device("cuda")
     from megatron_mile.integration.cpu import enable
+    from megatron_mile.integration.hybrid_layers import use_local_layers
 
     enable()
+    use_local_layers()
     return torch.device("cpu")
 
 
@@ -101,10 +110,9 @@ def load_model(folder: Path, device: torch.device) -> LoadedModel:
         ToolError: the checkpoint is damaged or of another kind of model.
     """
     serialization = megatron_module("megatron.core.dist_checkpointing.serialization")
-    try:
-        common = serialization.load_common_state_dict(str(folder))
-    except Exception as error:  # torch, zip and Megatron raise their own kinds
-        raise ToolError(f"{folder}: cannot be read ({error})") from error
+    checkpoint = Checkpoint(folder)
+    common = checkpoint.common()
+    checkpoint.check_objects()
     if "args" not in common:
         raise ToolError(f"{folder}: holds no training arguments; expected a megatron.training run")
     args = _single_process_args(common["args"], device.type == "cpu")
@@ -113,8 +121,10 @@ def load_model(folder: Path, device: torch.device) -> LoadedModel:
     state = model.sharded_state_dict()
     try:
         model.load_state_dict(serialization.load({"model": state}, str(folder))["model"])
-    except Exception as error:
-        raise ToolError(f"{folder}: the weights do not fit the model ({error})") from error
+    except (Exception, CheckpointException) as error:
+        raise ToolError(
+            f"{folder}: the weights do not fit the model ({cause_of(error)})"
+        ) from error
     return LoadedModel(model.to(device).eval(), args, int(common["iteration"]), folder, device)
 
 
@@ -123,7 +133,8 @@ def _single_process_args(trained: argparse.Namespace, on_cpu: bool) -> argparse.
     if on_cpu or importlib.util.find_spec("transformer_engine") is None:
         args.transformer_impl = "local"
         args.masked_softmax_fusion = args.bias_dropout_fusion = False
-        args.apply_rope_fusion = args.persist_layer_norm = False
+        args.apply_rope_fusion = False
+        args.no_persist_layer_norm = True
         args.bias_swiglu_fusion = args.bias_gelu_fusion = False
     args.use_cpu_initialization = on_cpu
     args.distributed_backend = "gloo" if on_cpu else "nccl"
@@ -145,7 +156,9 @@ def _start_process_group(args: argparse.Namespace) -> None:
 
 
 def _build(args: argparse.Namespace) -> Any:
-    config = megatron_module("megatron.training.argument_utils").gpt_config_from_args(args)
+    utils = megatron_module("megatron.training.argument_utils")
+    hybrid = getattr(args, "hybrid_layer_pattern", None)
+    config = (utils.hybrid_config_from_args if hybrid else utils.gpt_config_from_args)(args)
     groups = megatron_module("megatron.core.process_groups_config").ProcessGroupCollection
     builder = config.get_builder_cls()(config)
     model = builder.build_model(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,26 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Give a folder to write into, which becomes `output` when the block ends without an error.
+
+    Raises:
+        ToolError: `output` exists, or its parent does not.
+    """
+    if output.exists():
+        raise ToolError(f"--output {output} exists; choose a new folder")
+    if not output.absolute().parent.is_dir():
+        raise ToolError(f"no folder for --output {output}; make it first")
+    partial = output.absolute().with_name(f"{output.name}.partial.{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

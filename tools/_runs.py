@@ -1,17 +1,21 @@
-"""Reads training runs: their TensorBoard curves, and what tools/evaluate.py says of them."""
+"""Reads training runs: TensorBoard curves, what tools/evaluate.py says of them, their records."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from _cli import ToolError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 NAMES = {"ce": "cross-entropy", "mile": "MiLe Loss", "focal": "Focal Loss"}
+RECORD = "run_record.json"
+# Flags that differ between runs whatever they are.
+_PLACES = ("--save", "--load", "--tensorboard-dir")
 PERPLEXITIES = ("ppl", "ppl_high", "ppl_medium", "ppl_low")
 
 
@@ -94,3 +98,71 @@ def _evaluation(folder: Path) -> dict[str, float] | None:
         return {key: float(content[key]) for key in PERPLEXITIES if content.get(key) is not None}
     except (ValueError, TypeError, AttributeError) as error:
         raise ToolError(f"{path}: not an evaluation ({error}); run tools/evaluate.py") from error
+
+
+def read_record(folder: Path) -> dict[str, str]:
+    """Read what a run was: the last start in the record beside its checkpoints.
+
+    Args:
+        folder: from `find_runs`.
+
+    Returns:
+        Values by flag, package and other name; empty without a record.
+
+    Raises:
+        ToolError: the record is damaged.
+    """
+    found = [path for path in (folder / RECORD, *folder.glob(f"*/{RECORD}")) if path.is_file()]
+    if not found:
+        return {}
+    try:
+        start = json.loads(found[0].read_text(encoding="utf-8"))["starts"][-1]
+        blends = start["data"]["blends"]
+        git = start["git"] or {"commit": "none", "dirty": False}
+        return {
+            **_flags(shlex.split(start["command"])[1:]),
+            **start["versions"],
+            "device": start["device"],
+            "processes": str(start["processes"]),
+            "git commit": git["commit"][:12] + ", changed since" * git["dirty"],
+            "data": ", ".join(_data_name(pair) for blend in blends for pair in blend),
+        }
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ToolError(f"{found[0]}: not a run's record ({error!r})") from error
+
+
+def _flags(words: Sequence[str]) -> dict[str, str]:
+    """Take a command line apart: what stands behind each flag, the last of a name."""
+    flags, name = {}, ""
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word.partition("=")
+            flags[name] = value
+        else:
+            flags[name] = f"{flags.get(name, '')} {word}".strip()
+    return flags
+
+
+def _data_name(pair: Mapping[str, Any]) -> str:
+    """A file's name, and the end of its hash, which tells it from another of that name."""
+    return f"{Path(pair['prefix']).name} {pair.get('bin', '')[-8:]}".strip()
+
+
+def differences(records: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
+    """Compare what runs were.
+
+    Args:
+        records: from `read_record`, by name of the run.
+
+    Returns:
+        Rows of a table, its head first: what differs, and its value in each run; no row if nothing
+        does. A flag without a value is "set", one that is absent "-".
+    """
+    names = dict.fromkeys(name for record in records.values() for name in record)
+    rows = [
+        [name, *("-" if name not in r else r[name] or "set" for r in records.values())]
+        for name in names
+        if name not in _PLACES
+    ]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    return [["differs", *records], *rows] if rows else []

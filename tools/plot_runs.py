@@ -7,7 +7,9 @@ A run is a folder with TensorBoard events in tensorboard/ (or in itself) and, fo
 evaluation.json of tools/evaluate.py; a folder of such folders stands for all of them. The curves
 are the tag "lm loss", which is plain cross-entropy whatever objective trained the run, so they can
 be compared; pale lines are the values of single steps, strong ones a running mean. The bars show
-the perplexity on held-out data; their second row, the change against the first run given.
+the perplexity on held-out data; their second row, the change against the first run given. Where
+runs have a run_record.json beside their checkpoints, what differs between them is printed: flags,
+versions, git commit, data.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from _cli import ToolError, new_parser, one_line_errors
-from _runs import Run, find_runs, read_run
+from _runs import Run, differences, find_runs, read_record, read_run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -161,6 +163,15 @@ def plot_runs(args: argparse.Namespace) -> None:
         runs = [run._replace(name=str(folder)) for run, folder in pairs]
     draw(runs, args.tag, Path(args.output))
     print(f"{args.output}: {len(runs)} runs")
+    records = {run.name: read_record(folder) for run, folder in zip(runs, folders, strict=True)}
+    print(table(differences({name: record for name, record in records.items() if record})), end="")
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Lay rows out in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -71,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--mile-allow-change",
         action="store_true",
-        help="resume a checkpoint that was trained with other objective settings (default False)",
+        help="resume a checkpoint that was trained with other objective settings or other data "
+        "(default False)",
     )
     group.add_argument(
         "--mile-cpu",

@@ -25,6 +25,7 @@ from megatron_mile.integration.errors import MileError
 from megatron_mile.integration.install import METHOD, attach, install, resolve
 from megatron_mile.integration.loss_func import wrap_forward_step
 from megatron_mile.integration.models import unwrap
+from megatron_mile.integration.record import changed_data, with_record
 from megatron_mile.integration.refusals import (
     refuse_models,
     refuse_replaced_loss,
@@ -48,8 +49,9 @@ def hook_job(settings: Namespace, notes: Sequence[tuple[str, str]]) -> None:
     config = arguments.config_from_namespace(settings)
     skip_helper_build()
     replace(versions.ADD_ARGUMENTS, _with_arguments)
-    replace(versions.SETUP, functools.partial(_with_checks, config, list(notes)))
-    watch_resume()
+    # Around Megatron's own function comes the record, and around that come our checks.
+    replace(versions.SETUP, lambda host: _with_checks(config, list(notes), with_record(host)))
+    watch_run()
     if config is not None:
         try:
             install(config)
@@ -58,9 +60,10 @@ def hook_job(settings: Namespace, notes: Sequence[tuple[str, str]]) -> None:
         replace(versions.PRETRAIN, functools.partial(_with_forward_step, config))
 
 
-def watch_resume() -> None:
-    """Compare the objective of a checkpoint with the job's when one is loaded."""
-    replace(versions.CHECK_CHECKPOINT, _with_objective_check)
+def watch_run() -> None:
+    """Record what a run is, and compare a checkpoint's objective and data with it on resume."""
+    replace(versions.SETUP, with_record)
+    replace(versions.CHECK_CHECKPOINT, _with_resume_check)
 
 
 def skip_helper_build() -> None:
@@ -201,18 +204,20 @@ def _cost_lines(args: Namespace, config: ObjectiveConfig) -> list[tuple[str, str
     return [("cost rows", f"{args.mile_emo_cost}, sha256 {args.mile_emo_cost_digest[:12]}")]
 
 
-def _with_objective_check(host: Callable[..., Any]) -> Callable[..., Any]:
+def _with_resume_check(host: Callable[..., Any]) -> Callable[..., Any]:
     def check_checkpoint_args(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args
 
-        current = vars(get_args())
-        changes = arguments.changed_settings(vars(checkpoint_args), current)
-        allowed = current.get("mile_allow_change", False)
-        if changes and not allowed:
-            raise MileError(
-                f"the checkpoint was trained with another objective: {'; '.join(changes)}; "
-                "resume with the same --mile flags, or add --mile-allow-change"
-            )
+        stored, current = vars(checkpoint_args), vars(get_args())
+        for changes, what, same in (
+            (arguments.changed_settings(stored, current), "another objective", "--mile flags"),
+            (changed_data(stored, current), "other data", "data"),
+        ):
+            if changes and not current.get("mile_allow_change", False):
+                raise MileError(
+                    f"the checkpoint was trained with {what}: {'; '.join(changes)}; "
+                    f"resume with the same {same}, or add --mile-allow-change"
+                )
         return host(checkpoint_args, *args, **kwargs)
 
     return check_checkpoint_args

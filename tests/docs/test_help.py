@@ -14,6 +14,7 @@ EXPECTED = {
     "examples/pretrain_gpt.py": ("--tensor-model-parallel-size", "--mile-objective", "--mile-cpu"),
     "examples/quickstart.py": ("--objectives", "--steps", "--tp", "--out", "--corpus"),
     "tools/estimate.py": ("--size", "--gpus", "--gpu-memory", "--mfu", "--peak-tflops", "--json"),
+    "tools/convert_checkpoint.py": ("--to", "--load", "--output", "--dtype", "--model"),
     "tools/evaluate.py": ("--load", "--data-prefix", "--token-frequency", "--output", "--cpu"),
     "tools/plot_runs.py": ("RUN", "--output", "--tag"),
     "tools/preprocess_data.py": ("--input", "--json-keys", "--append-eod", "--workers"),

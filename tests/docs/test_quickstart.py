@@ -106,6 +106,8 @@ def test_quickstart_summary_holds_what_it_promises(summary: dict[str, Any], corp
     for entry in summary["objectives"].values():
         assert set(entry) == PPL_KEYS | ENTRY_KEYS
         assert entry["ppl_high"] < entry["ppl"] < entry["ppl_low"]
+        record = json.loads((Path(entry["checkpoint"]) / "run_record.json").read_text())
+        assert "--train-iters" in record["starts"][0]["command"]
     assert (summary["tp"], summary["steps"]) == (2, STEPS)
     assert summary["train_tokens"] == STEPS * 4096
     assert summary["corpus_bytes"] == sum(path.stat().st_size for path in corpus.iterdir())

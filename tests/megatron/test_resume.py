@@ -5,28 +5,23 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from training_runs import EVALUATE, MILE, TP1, TP2, Run, TrainingRuns, furthest, mile_errors
+from training_runs import (
+    EVALUATE,
+    MILE,
+    STOP,
+    TP1,
+    TP2,
+    Run,
+    TrainingRuns,
+    furthest,
+    mile_errors,
+    tensors,
+)
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
-
-STOP = "--exit-interval 6"
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Read all tensors of a torch_dist checkpoint: weights and the optimizer's state."""
-    reader = dcp.FileSystemReader(checkpoint)
-    state = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
 
 
 def assert_resumed(whole: Run, half: Run, resumed: Run) -> None:

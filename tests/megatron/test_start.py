@@ -140,12 +140,12 @@ def test_launcher_patches_nothing_without_a_flag(tmp_path: Path) -> None:
     assert "before megatron.core is imported" in found["enabled"]
 
 
-RESUME_IS_WATCHED = """
+RUN_IS_WATCHED = """
 import json
 from argparse import Namespace
 from megatron_mile.integration.errors import MileError
 from megatron_mile.launch import prepare
-prepare(["--load", "somewhere"])
+prepare([FLAG, "somewhere"])
 from megatron.core.models.gpt import GPTModel
 from megatron.training import checkpointing, global_vars, training
 global_vars.set_args(Namespace())
@@ -155,16 +155,19 @@ try:
 except MileError as error:
     text = str(error)
 loss = GPTModel.compute_language_model_loss
-print(json.dumps([text, hasattr(loss, "__wrapped__") or hasattr(training.pretrain, "__wrapped__")]))
+patched = hasattr(loss, "__wrapped__") or hasattr(training.pretrain, "__wrapped__")
+print(json.dumps([text, patched, training.setup_model_and_optimizer.__code__.co_filename]))
 """
 
 
-def test_prepare_watches_a_resume_without_a_flag() -> None:
-    done = python("-c", RESUME_IS_WATCHED)
+@pytest.mark.parametrize("flag", ["--load", "--save"])
+def test_prepare_watches_a_resume_and_records_the_run_without_a_flag(flag: str) -> None:
+    done = python("-c", RUN_IS_WATCHED.replace("FLAG", repr(flag)))
     assert done.returncode == 0, done.stderr
-    text, patched = json.loads(done.stdout.splitlines()[-1])
+    text, patched, setup = json.loads(done.stdout.splitlines()[-1])
     assert "trained with another objective: objective mile -> none" in text
     assert not patched
+    assert setup.endswith("record.py")
 
 
 CPU_MODE = """

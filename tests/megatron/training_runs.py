@@ -11,7 +11,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.distributed.checkpoint as dcp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -36,6 +39,7 @@ HOST = "--mock-data --distributed-backend gloo"
 # A large gamma, for the same reason as the wide weights.
 MILE = "--mock-data --mile-cpu --mile-objective mile --mile-gamma 3"
 EVALUATE = "--eval-iters 1 --eval-interval 1"
+STOP = "--exit-interval 6"
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,18 @@ class TrainingRuns:
         assert answer, (self.folder / "forker.log").read_text()
         texts = [log.read_text() for log in logs]
         return Run(int(answer), texts, folder, read_scalars(folder))
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a torch_dist checkpoint: weights and the optimizer's state."""
+    reader = dcp.FileSystemReader(checkpoint)
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
 
 
 def command_line(folder: Path, *flags: str) -> list[str]:

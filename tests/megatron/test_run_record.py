@@ -1,0 +1,110 @@
+"""The record beside a run's checkpoints, and the data that a resume compares."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_runs import HERE, MILE, STOP, TP2, Run, TrainingRuns, mile_errors
+
+from megatron_mile.integration.record import changed_data, fingerprint, git_state
+
+
+def starts(run: Run) -> list[dict[str, Any]]:
+    content = json.loads((run.checkpoint / "run_record.json").read_text())
+    found: list[dict[str, Any]] = content["starts"]
+    return found
+
+
+@pytest.mark.slow
+def test_resume_adds_a_start_and_refuses_other_data(runs: TrainingRuns) -> None:
+    prefix = runs.train(1, script=HERE / "write_documents.py").folder
+    flags = MILE.replace("--mock-data", f"--data-path {prefix} --split 100,0,0")
+    half = runs.train(2, TP2, flags, STOP, save=True)
+    (start,) = starts(half)
+    ((pair,),) = start["data"]["blends"]
+    assert start["data"]["split"] == "100,0,0"
+    digest = hashlib.sha256(Path(f"{prefix}.bin").read_bytes()).hexdigest()
+    size = Path(f"{prefix}.bin").stat().st_size
+    assert (pair["prefix"], pair["bin"]) == (str(prefix), f"{size}:{digest}")
+    assert (start["iteration"], start["processes"]) == (0, 2)
+    assert start["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert f"--data-path {prefix}" in start["command"]
+    assert shlex.split(start["command"])[0].endswith("pretrain_gpt.py")
+    again = f"--load {half.checkpoint} --save {half.checkpoint}"
+    other = runs.run(2, TP2, flags.replace("100,0,0", "99,1,0"), again)
+    (error,) = mile_errors("\n".join(other.logs))
+    assert "trained with other data" in error
+    assert "--mile-allow-change" in error
+    assert other.code != 0
+    assert len(starts(half)) == 1
+    runs.train(2, TP2, flags, again)
+    assert [start["iteration"] for start in starts(half)] == [0, 6]
+    runs.train(2, TP2, MILE, f"--load {half.checkpoint} --mile-allow-change")
+
+
+def test_fingerprint_is_of_the_whole_file_or_of_64_blocks(tmp_path: Path) -> None:
+    file = tmp_path / "small"
+    file.write_bytes(bytes(range(256)) * 9000)  # more than two blocks, not a whole number of them
+    whole = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert fingerprint(str(file)) == f"{256 * 9000}:{whole}"
+    file, size = tmp_path / "large", 70 * 2**20 + 5
+    with file.open("wb") as sparse:
+        sparse.truncate(size)
+    before = fingerprint(str(file))
+    places = [(size - 2**20) * index // 63 for index in range(64)]
+    for place, seen in ((0, True), (places[7] + 3, True), (size - 1, True), (places[7] - 1, False)):
+        with file.open("r+b") as changed:
+            changed.seek(place)
+            changed.write(b"x")
+        assert (fingerprint(str(file)) != before) == seen
+        before = fingerprint(str(file))
+
+
+PAIR = {"prefix": "a/x", "weight": 0.3, "bin": "1:a", "idx": "2:b"}
+
+
+@pytest.mark.parametrize(
+    ("pair", "split", "change"),
+    [
+        ({"prefix": "b/x"}, "9,1,0", []),
+        ({"bin": "1:c"}, "9,1,0", ["a/x: content, weights or --split have changed"]),
+        ({"weight": 0.4, "prefix": "b"}, "9,1,0", ["a/x -> b"]),
+        ({}, "8,2,0", ["a/x: content, weights or --split have changed"]),
+    ],
+)
+def test_changed_data_compares_content_and_not_places(
+    pair: dict[str, Any], split: str, change: list[str]
+) -> None:
+    stored = {"mile_data": {"split": "9,1,0", "blends": [[PAIR]]}}
+    current = {"mile_data": {"split": split, "blends": [[{**PAIR, **pair}]]}}
+    assert changed_data(stored, current) == change
+    assert changed_data({}, current) == changed_data(stored, {}) == []
+
+
+def test_changed_data_knows_object_storage_by_name() -> None:
+    one, two = (
+        {"mile_data": {"split": None, "blends": [[{"prefix": f"s3://{name}", "weight": None}]]}}
+        for name in "ab"
+    )
+    assert changed_data(one, one) == []
+    assert changed_data(one, two) == ["s3://a -> s3://b"]
+
+
+def test_git_state_tells_a_changed_checkout(tmp_path: Path) -> None:
+    assert git_state(str(tmp_path)) is None
+    (tmp_path / "file").write_text("one")
+    name = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    for words in (("init", "-q"), ("add", "file"), (*name, "commit", "-qm", "first")):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    state = git_state(str(tmp_path))
+    assert state is not None
+    assert (len(state["commit"]), state["dirty"]) == (40, False)
+    (tmp_path / "file").write_text("two")
+    assert git_state(str(tmp_path)) == {**state, "dirty": True}

@@ -1,0 +1,175 @@
+"""Reads and writes a Hugging Face model folder: config.json, safetensors files, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from _cli import ToolError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# The rows by which Megatron pads a vocabulary; transformers does not look at it.
+PADDING = "megatron_padding.safetensors"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SHARD_BYTES = 5 * 10**9
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
+
+
+class Tensors:
+    """The tensors of safetensors files, read when they are asked for."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        """Read the headers of the files.
+
+        Raises:
+            ToolError: a file is missing, damaged or cut off, or a tensor is in two files.
+        """
+        self._files: dict[str, Any] = {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ToolError(f"{path}: cannot be read ({error})") from error
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                if name in self._files:
+                    raise ToolError(f"{path}: {name} is in another file too")
+                self._files[name] = file
+        self.sizes = {n: tuple(f.get_slice(n).get_shape()) for n, f in self._files.items()}
+        """Size by name."""
+        kinds = {f.get_slice(n).get_dtype() for n, f in self._files.items()}
+        self.dtypes = {_DTYPES.get(kind, kind) for kind in kinds}
+        """The dtypes that there are; those that a model is not converted in, by name."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Read a tensor."""
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json.
+
+    Raises:
+        ToolError: it is missing, or not a JSON object.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ToolError(f"no Hugging Face model in {folder}: {CONFIG} is missing") from None
+    except ValueError as error:
+        raise ToolError(f"{folder / CONFIG}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ToolError(f"{folder / CONFIG}: expected an object")
+    return config
+
+
+def open_weights(folder: Path) -> Tensors:
+    """Open the model's safetensors files.
+
+    Raises:
+        ToolError: there are none, or they cannot be read.
+    """
+    if (folder / WHOLE).is_file():
+        return Tensors([folder / WHOLE])
+    try:
+        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    except FileNotFoundError:
+        raise ToolError(f"{folder}: neither {WHOLE} nor {INDEX}; convert to safetensors") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ToolError(f"{folder / INDEX}: not an index ({error!r})") from error
+    return Tensors(folder / name for name in sorted(set(places.values())))
+
+
+def open_padding(folder: Path) -> Tensors:
+    """Open the padding rows that a conversion from Megatron left; none is no error."""
+    path = folder / PADDING
+    return Tensors([path] if path.is_file() else [])
+
+
+class Writer:
+    """Writes weights in files of at most `SHARD_BYTES`, and the index last."""
+
+    def __init__(self, folder: Path) -> None:
+        """Write into a folder that is there."""
+        self.folder = folder
+        self._waiting: dict[str, torch.Tensor] = {}
+        self._waiting_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total = 0
+
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take tensors; they are written when there are enough."""
+        for name, tensor in tensors.items():
+            if self._waiting and self._waiting_bytes + tensor.nbytes > SHARD_BYTES:
+                self._flush()
+            # A copy: a part of a larger tensor would keep all of it.
+            self._waiting[name] = tensor.clone(memory_format=torch.contiguous_format)
+            self._waiting_bytes += tensor.nbytes
+
+    def _flush(self) -> None:
+        self._shards.append(list(self._waiting))
+        save(self._waiting, self.folder / f"{len(self._shards)}")
+        self._total += self._waiting_bytes
+        self._waiting, self._waiting_bytes = {}, 0
+
+    def finish(self) -> None:
+        """Write the rest, and give the files their names."""
+        self._flush()
+        count = len(self._shards)
+        if count == 1:
+            (self.folder / "1").rename(self.folder / WHOLE)
+            return
+        places = {}
+        for number, names in enumerate(self._shards, 1):
+            file = f"model-{number:05d}-of-{count:05d}.safetensors"
+            (self.folder / f"{number}").rename(self.folder / file)
+            places.update(dict.fromkeys(names, file))
+        write_json(
+            self.folder / INDEX, {"metadata": {"total_size": self._total}, "weight_map": places}
+        )
+
+
+def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write one safetensors file."""
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write one JSON file."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copy(source / name, folder / name)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """Load a tokenizer with transformers, from files only.
+
+    Raises:
+        ToolError: transformers cannot.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # each tokenizer library has errors of its own
+        raise ToolError(f"{folder}: no tokenizer that transformers reads ({error})") from error
