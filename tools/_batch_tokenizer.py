@@ -1,0 +1,156 @@
+"""Encodes many texts at a time with the library below a Megatron tokenizer, exactly as it does one.
+
+A Hugging Face tokenizer encodes a batch without the offsets that nobody asks for. A byte-level BPE
+without normalizer, as GPT-2's and those of train_tokenizer.py, encodes in addition each word once:
+see `WordCache`. Every other library is asked text by text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+# Texts -> for each its ids [n], int32 or int64.
+BatchTokenizer = Callable[[Sequence[str]], list[np.ndarray]]
+
+# The code points with Unicode's property White_Space, which \s is to the tokenizers library;
+# Python's \s has U+001C to U+001F too.
+_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# What GPT-2's pattern finds where it meets no letter beyond ASCII ...
+_ASCII = (
+    f"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^{_SPACE}A-Za-z0-9]+"
+    f"|[{_SPACE}]+(?![^{_SPACE}])|[{_SPACE}]+"
+)
+_PIECES_OF_ASCII = re.compile(_ASCII)
+# ... and with a word that has one, and the white space before it, as one piece.
+_PIECES = re.compile(f"[{_SPACE}]*[^{_SPACE}]*[^\\x00-\\x7f{_SPACE}][^{_SPACE}]*|{_ASCII}")
+_LONG_PIECE = 32
+_MANY_PIECES = 1 << 18
+# Flags that change what a tokenizer gives; its files are compared by content.
+_SETTINGS = (
+    "tokenizer_type",
+    "special_tokens",
+    "tiktoken_pattern",
+    "tiktoken_num_special_tokens",
+    "tokenizer_sentencepiece_legacy",
+    "tokenizer_hf_no_use_fast",
+    "tokenizer_hf_no_include_special_tokens",
+)
+
+
+class WordCache:
+    """Encodes with a byte-level BPE backend, each piece once as long as it is remembered.
+
+    ByteLevel splits a text by GPT-2's pattern, and BPE never joins across the borders, so the ids
+    of a text are those of its pieces. No alternative of the pattern has white space after another
+    character, and it looks ahead within white space only: every border between a word and the
+    white space behind it is a border of the pattern. Words of ASCII are cut further, as the
+    pattern does; for others that would depend on the version of Unicode, so they stay whole.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        """Keep the backend, a `tokenizers.Tokenizer` that `fits` let pass."""
+        self._backend = backend
+        self._ids: dict[str, bytes] = {}
+        added = [re.escape(token.content) for token in backend.get_added_tokens_decoder().values()]
+        # Such a text stays whole; U+180E was white space before Unicode 6.3.
+        self._whole = re.compile("|".join([*added, "\u180e"]))
+
+    @staticmethod
+    def fits(backend: Any) -> bool:
+        """Whether the backend is what the class docstring argues about."""
+        content = json.loads(backend.to_str())
+        model, splitter = content["model"], content["pre_tokenizer"] or {}
+        return (
+            content["normalizer"] is None
+            and (model["type"], model.get("dropout")) == ("BPE", None)
+            and splitter.get("type") == "ByteLevel"
+            and splitter.get("use_regex", True)
+            and not splitter["add_prefix_space"]
+        )
+
+    def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode the texts; the ids of each, [n], int32."""
+        split = [self._split(text) for text in texts]
+        new = list(set(chain.from_iterable(split)).difference(self._ids))
+        encodings = self._backend.encode_batch_fast(new, add_special_tokens=False)
+        for piece, encoding in zip(new, encodings, strict=True):
+            self._ids[piece] = np.array(encoding.ids, dtype=np.int32).tobytes()
+        find = self._ids.__getitem__
+        found = [np.frombuffer(b"".join(map(find, pieces)), dtype=np.int32) for pieces in split]
+        self._forget(new)
+        return found
+
+    def _split(self, text: str) -> list[str]:
+        """Cut a text into pieces that are encoded by themselves."""
+        if self._whole.search(text):
+            return [text]
+        return (_PIECES_OF_ASCII if text.isascii() else _PIECES).findall(text)
+
+    def _forget(self, new: Sequence[str]) -> None:
+        """Bound the memory: long pieces seldom return, and the frequent ones return at once."""
+        if len(self._ids) > _MANY_PIECES:
+            self._ids.clear()
+            return
+        for piece in new:
+            if len(piece) > _LONG_PIECE:
+                del self._ids[piece]
+
+
+def batch_tokenizer(tokenizer: Any) -> BatchTokenizer:
+    """Return the fastest exact way to encode a batch of texts.
+
+    Args:
+        tokenizer: from `build_tokenizer`.
+    """
+    backend = _backend(tokenizer)
+    if backend is None:
+        return lambda texts: [np.array(tokenizer.tokenize(text), dtype=np.int64) for text in texts]
+    backend.no_truncation()
+    backend.no_padding()
+    special = bool(
+        tokenizer._tokenizer.include_special_tokens and backend.num_special_tokens_to_add(False)
+    )
+    if not special and WordCache.fits(backend):
+        return WordCache(backend)
+
+    def encode(texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    return encode
+
+
+def _backend(tokenizer: Any) -> Any:
+    """Return the `tokenizers.Tokenizer` below a Megatron tokenizer, None for other libraries."""
+    return getattr(getattr(tokenizer._tokenizer, "tokenizer", None), "backend_tokenizer", None)
+
+
+def fingerprint(tokenizer: Any, args: argparse.Namespace) -> str:
+    """Return a SHA-256 over what decides the ids of a tokenizer, wherever its files lie.
+
+    Args:
+        tokenizer: from `build_tokenizer`.
+        args: the flags that it was built from.
+    """
+    library = tokenizer._tokenizer
+    inner: Any = getattr(library, "tokenizer", None)
+    backend = _backend(tokenizer)
+    if backend is not None:
+        content = backend.to_str().encode()
+    elif hasattr(inner, "serialized_model_proto"):
+        content = inner.serialized_model_proto()
+    elif args.tokenizer_type == "NullTokenizer":
+        content = b""
+    else:
+        content = repr(library.vocab).encode()
+    settings = {name: getattr(args, name) for name in _SETTINGS}
+    settings |= {"vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod}
+    return hashlib.sha256(json.dumps(settings).encode() + content).hexdigest()
