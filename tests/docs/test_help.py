@@ -14,8 +14,9 @@ EXPECTED = {
     "examples/pretrain_gpt.py": ("--tensor-model-parallel-size", "--mile-objective", "--mile-cpu"),
     "examples/quickstart.py": ("--objectives", "--steps", "--tp", "--out", "--corpus"),
     "tools/evaluate.py": ("--load", "--data-prefix", "--token-frequency", "--output", "--cpu"),
+    "tools/pile_blend.py": ("folder", "--output", "--renormalize", "--data-args-path"),
     "tools/plot_runs.py": ("RUN", "--output", "--tag"),
-    "tools/preprocess_data.py": ("--input", "--json-keys", "--append-eod", "--workers"),
+    "tools/preprocess_data.py": ("--input", "--split-domains", "--skip-bad-lines", "--workers"),
     "tools/token_frequency.py": ("--data-prefix", "--tokenizer-type", "--output"),
     "tools/train_tokenizer.py": ("--input", "--vocab-size", "--output"),
 }
