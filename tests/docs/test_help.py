@@ -13,7 +13,7 @@ EXPECTED = {
     "examples/core_loop.py": ("--tensor-model-parallel-size", "--objective", "--steps", "--cpu"),
     "examples/pretrain_gpt.py": ("--tensor-model-parallel-size", "--mile-objective", "--mile-cpu"),
     "examples/quickstart.py": ("--objectives", "--steps", "--tp", "--out", "--corpus"),
-    "tools/evaluate.py": ("--load", "--data-prefix", "--token-frequency", "--output", "--cpu"),
+    "tools/evaluate.py": ("--load", "--token-frequency", "--hf", "--shots", "--compare"),
     "tools/pile_blend.py": ("folder", "--output", "--renormalize", "--data-args-path"),
     "tools/plot_runs.py": ("RUN", "--output", "--tag"),
     "tools/preprocess_data.py": ("--input", "--split-domains", "--skip-bad-lines", "--workers"),
