@@ -1,8 +1,9 @@
 """Encodes many texts at a time with the library below a Megatron tokenizer, exactly as it does one.
 
-A Hugging Face tokenizer encodes a batch without the offsets that nobody asks for. A byte-level BPE
-without normalizer, as GPT-2's and those of train_tokenizer.py, encodes in addition each word once:
-see `WordCache`. Every other library is asked text by text.
+Two kinds of BPE encode each piece of text once and remember it, see `PieceCache`: byte-level BPE
+without normalizer, as GPT-2's and those of train_tokenizer.py; and SentencePiece's BPE without
+normalizer, as LLaMA's. Any other Hugging Face tokenizer encodes a batch, without the offsets that
+nobody asks for. Every other library is asked text by text.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import argparse
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from itertools import chain
 from typing import Any
 
@@ -31,6 +33,7 @@ _ASCII = (
 _PIECES_OF_ASCII = re.compile(_ASCII)
 # ... and with a word that has one, and the white space before it, as one piece.
 _PIECES = re.compile(f"[{_SPACE}]*[^{_SPACE}]*[^\\x00-\\x7f{_SPACE}][^{_SPACE}]*|{_ASCII}")
+_PIECES_BY_SPACE = re.compile("\n+| *[^ \n]+| +")
 _LONG_PIECE = 32
 _MANY_PIECES = 1 << 18
 # Flags that change what a tokenizer gives; its files are compared by content.
@@ -45,54 +48,36 @@ _SETTINGS = (
 )
 
 
-class WordCache:
-    """Encodes with a byte-level BPE backend, each piece once as long as it is remembered.
+class PieceCache:
+    """Encodes each piece of text once as long as it is remembered.
 
-    ByteLevel splits a text by GPT-2's pattern, and BPE never joins across the borders, so the ids
-    of a text are those of its pieces. No alternative of the pattern has white space after another
-    character, and it looks ahead within white space only: every border between a word and the
-    white space behind it is a border of the pattern. Words of ASCII are cut further, as the
-    pattern does; for others that would depend on the version of Unicode, so they stay whole.
+    This is exact where the texts are cut only between characters that the tokenizer never joins.
     """
 
-    def __init__(self, backend: Any) -> None:
-        """Keep the backend, a `tokenizers.Tokenizer` that `fits` let pass."""
-        self._backend = backend
-        self._ids: dict[str, bytes] = {}
-        added = [re.escape(token.content) for token in backend.get_added_tokens_decoder().values()]
-        # Such a text stays whole; U+180E was white space before Unicode 6.3.
-        self._whole = re.compile("|".join([*added, "\u180e"]))
+    def __init__(
+        self,
+        split: Callable[[str], list[str]],
+        encode: Callable[[list[str]], Iterable[Sequence[int]]],
+    ) -> None:
+        """Keep the two functions.
 
-    @staticmethod
-    def fits(backend: Any) -> bool:
-        """Whether the backend is what the class docstring argues about."""
-        content = json.loads(backend.to_str())
-        model, splitter = content["model"], content["pre_tokenizer"] or {}
-        return (
-            content["normalizer"] is None
-            and (model["type"], model.get("dropout")) == ("BPE", None)
-            and splitter.get("type") == "ByteLevel"
-            and splitter.get("use_regex", True)
-            and not splitter["add_prefix_space"]
-        )
+        Args:
+            split: cuts a text into pieces.
+            encode: gives the ids of each piece as the tokenizer does inside a text.
+        """
+        self._split, self._encode = split, encode
+        self._ids: dict[str, bytes] = {}
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode the texts; the ids of each, [n], int32."""
         split = [self._split(text) for text in texts]
         new = list(set(chain.from_iterable(split)).difference(self._ids))
-        encodings = self._backend.encode_batch_fast(new, add_special_tokens=False)
-        for piece, encoding in zip(new, encodings, strict=True):
-            self._ids[piece] = np.array(encoding.ids, dtype=np.int32).tobytes()
+        for piece, ids in zip(new, self._encode(new), strict=True):
+            self._ids[piece] = np.array(ids, dtype=np.int32).tobytes()
         find = self._ids.__getitem__
         found = [np.frombuffer(b"".join(map(find, pieces)), dtype=np.int32) for pieces in split]
         self._forget(new)
         return found
-
-    def _split(self, text: str) -> list[str]:
-        """Cut a text into pieces that are encoded by themselves."""
-        if self._whole.search(text):
-            return [text]
-        return (_PIECES_OF_ASCII if text.isascii() else _PIECES).findall(text)
 
     def _forget(self, new: Sequence[str]) -> None:
         """Bound the memory: long pieces seldom return, and the frequent ones return at once."""
@@ -104,28 +89,104 @@ class WordCache:
                 del self._ids[piece]
 
 
+def _byte_level_cache(backend: Any) -> PieceCache | None:
+    """Return a cache for a `tokenizers.Tokenizer`, if it is a plain byte-level BPE.
+
+    ByteLevel splits a text by GPT-2's pattern, and BPE never joins across the borders, so the ids
+    of a text are those of its pieces. No alternative of the pattern has white space after another
+    character, and it looks ahead within white space only: every border between a word and the
+    white space behind it is a border of the pattern. Words of ASCII are cut further, as the
+    pattern does; for others that would depend on the version of Unicode, so they stay whole.
+    """
+    content = json.loads(backend.to_str())
+    model, splitter = content["model"], content["pre_tokenizer"] or {}
+    if not (
+        content["normalizer"] is None
+        and (model["type"], model.get("dropout")) == ("BPE", None)
+        and splitter.get("type") == "ByteLevel"
+        and splitter.get("use_regex", True)
+        and not splitter["add_prefix_space"]
+    ):
+        return None
+    added = [re.escape(token.content) for token in backend.get_added_tokens_decoder().values()]
+    # Such a text stays whole; U+180E was white space before Unicode 6.3.
+    whole = re.compile("|".join([*added, "\u180e"]))
+
+    def split(text: str) -> list[str]:
+        if whole.search(text):
+            return [text]
+        return (_PIECES_OF_ASCII if text.isascii() else _PIECES).findall(text)
+
+    def encode(pieces: list[str]) -> Iterable[Sequence[int]]:
+        encodings = backend.encode_batch_fast(pieces, add_special_tokens=False)
+        return (encoding.ids for encoding in encodings)
+
+    return PieceCache(split, encode)
+
+
+def _sentencepiece_cache(library: Any) -> PieceCache | None:
+    """Return a cache for Megatron's SentencePieceTokenizer, if its model is a plain BPE.
+
+    The vocabulary decides what BPE can join: where no entry has a space after another character,
+    or a newline at all, texts can be cut before spaces and around newlines. The space that
+    SentencePiece puts before a text is put there by hand, so that other pieces get none.
+    """
+    try:
+        formats: Any = import_module("sentencepiece.sentencepiece_model_pb2")
+    except ImportError:  # of protobuf, which the sentencepiece package does not require
+        return None
+    model = formats.ModelProto()
+    model.ParseFromString(library.tokenizer.serialized_model_proto())
+    normalizer, trainer = model.normalizer_spec, model.trainer_spec
+    if (
+        library.legacy
+        or trainer.model_type != formats.TrainerSpec.BPE
+        or not (trainer.byte_fallback and normalizer.escape_whitespaces)
+        or normalizer.precompiled_charsmap
+        or normalizer.remove_extra_whitespaces
+        or trainer.treat_whitespace_as_suffix
+        or any(entry.type == entry.USER_DEFINED for entry in model.pieces)
+        or any(re.search("[^\u2581]\u2581|\n", entry.piece) for entry in model.pieces)
+    ):
+        return None
+    start = " " if normalizer.add_dummy_prefix else ""
+    normalizer.add_dummy_prefix = False
+    processor = type(library.tokenizer)(model_proto=model.SerializeToString())
+
+    def split(text: str) -> list[str]:
+        # U+2581 is how SentencePiece writes a space.
+        return [start + text] if "\u2581" in text else _PIECES_BY_SPACE.findall(start + text)
+
+    return PieceCache(split, lambda pieces: processor.encode(pieces, num_threads=1))
+
+
 def batch_tokenizer(tokenizer: Any) -> BatchTokenizer:
     """Return the fastest exact way to encode a batch of texts.
 
     Args:
         tokenizer: from `build_tokenizer`.
     """
-    backend = _backend(tokenizer)
-    if backend is None:
-        return lambda texts: [np.array(tokenizer.tokenize(text), dtype=np.int64) for text in texts]
+    library, backend = tokenizer._tokenizer, _backend(tokenizer)
+    if backend is not None:
+        return _hugging_face(library, backend)
+    is_sentencepiece = hasattr(getattr(library, "tokenizer", None), "serialized_model_proto")
+    cache = _sentencepiece_cache(library) if is_sentencepiece else None
+    return cache or (
+        lambda texts: [np.array(tokenizer.tokenize(text), dtype=np.int64) for text in texts]
+    )
+
+
+def _hugging_face(library: Any, backend: Any) -> BatchTokenizer:
+    """Encode with the backend of Megatron's HuggingFaceTokenizer."""
     backend.no_truncation()
     backend.no_padding()
-    special = bool(
-        tokenizer._tokenizer.include_special_tokens and backend.num_special_tokens_to_add(False)
-    )
-    if not special and WordCache.fits(backend):
-        return WordCache(backend)
+    special = bool(library.include_special_tokens and backend.num_special_tokens_to_add(False))
 
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
-    return encode
+    return (None if special else _byte_level_cache(backend)) or encode
 
 
 def _backend(tokenizer: Any) -> Any:

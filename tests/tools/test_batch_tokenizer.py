@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from _batch_tokenizer import WordCache, batch_tokenizer, fingerprint
+import sentencepiece
+from _batch_tokenizer import PieceCache, batch_tokenizer, fingerprint
 from _megatron import add_tokenizer_flags, build_tokenizer
 
 # What the pattern, the cache or an added token could trip over, to be joined at random.
@@ -115,18 +116,18 @@ def test_batch_tokenizer_equals_one_text_at_a_time(
     kind = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder)
     tokenizer, _ = _build(*kind, *flags)
     encode = batch_tokenizer(tokenizer)
-    assert isinstance(encode, WordCache) == cached
+    assert isinstance(encode, PieceCache) == cached
     for batch in (odd_texts, [text for text in texts if text], odd_texts[:9]):
         expected = [tokenizer.tokenize(text) for text in batch]
         assert [ids.tolist() for ids in encode(batch)] == expected
 
 
-def test_word_cache_splits_as_the_library_at_every_character(tokenizer_folder: Path) -> None:
+def test_piece_cache_splits_as_the_library_at_every_character(tokenizer_folder: Path) -> None:
     tokenizer, _ = _build(
         "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder
     )
     encode = batch_tokenizer(tokenizer)
-    assert isinstance(encode, WordCache)
+    assert isinstance(encode, PieceCache)
     # Every space and most scripts of letters lie below U+3100; all 65,536 were compared once.
     points = (*range(0x3100), *range(0x3100, 0xD800, 50), *range(0xE000, 0x10000, 10))
     plane = [chr(point) for point in points]
@@ -134,7 +135,7 @@ def test_word_cache_splits_as_the_library_at_every_character(tokenizer_folder: P
     assert [ids.tolist() for ids in encode(batch)] == [tokenizer.tokenize(text) for text in batch]
 
 
-def test_word_cache_is_bounded(
+def test_piece_cache_is_bounded(
     tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, odd_texts: list[str]
 ) -> None:
     monkeypatch.setattr("_batch_tokenizer._MANY_PIECES", 100)
@@ -142,13 +143,57 @@ def test_word_cache_is_bounded(
         "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder
     )
     encode = batch_tokenizer(tokenizer)
-    assert isinstance(encode, WordCache)
+    assert isinstance(encode, PieceCache)
     for start in range(0, 300, 10):
         batch = odd_texts[start : start + 10]
         expected = [tokenizer.tokenize(text) for text in batch]
         assert [ids.tolist() for ids in encode(batch)] == expected
         assert len(encode._ids) <= 100
         assert all(len(piece) <= 32 for piece in encode._ids)
+
+
+# What LLaMA's model is, and one change each that the cache must not be used with.
+LLAMA = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "split_digits": True,
+}
+SENTENCEPIECE: dict[str, tuple[dict[str, Any], bool]] = {
+    "llama": ({}, True),
+    "no dummy prefix": ({"add_dummy_prefix": False}, True),
+    "unigram": ({"model_type": "unigram"}, False),
+    "normalizer": ({"normalization_rule_name": "nmt_nfkc"}, False),
+    "extra spaces removed": ({"remove_extra_whitespaces": True}, False),
+    "unknown characters": ({"byte_fallback": False}, False),
+    "joins words": ({"split_by_whitespace": False}, False),
+    "suffixes": ({"treat_whitespace_as_suffix": True}, False),
+    "user symbols": ({"user_defined_symbols": ["self "]}, False),
+}
+
+
+@pytest.mark.parametrize("name", SENTENCEPIECE)
+def test_batch_tokenizer_equals_sentencepiece(
+    name: str, tmp_path: Path, odd_texts: list[str], texts: list[str]
+) -> None:
+    changes, cached = SENTENCEPIECE[name]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in texts[:300] for line in text.splitlines()]),
+        model_prefix=str(tmp_path / "spm"),
+        vocab_size=600,
+        minloglevel=2,
+        **{**LLAMA, **changes},
+    )
+    tokenizer, _ = _build(
+        "--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", tmp_path / "spm.model"
+    )
+    encode = batch_tokenizer(tokenizer)
+    assert isinstance(encode, PieceCache) == cached
+    marked = [text + "\u2581 x \u2581\u2581" for text in odd_texts[:100]]
+    for batch in (odd_texts, [text for text in texts if text], marked):
+        assert [ids.tolist() for ids in encode(batch)] == [tokenizer.tokenize(t) for t in batch]
 
 
 def test_batch_tokenizer_is_faster_than_a_plain_loop(
