@@ -13,13 +13,11 @@ All text is UTF-8 and kept as it is: no newline is translated, no white space st
 from __future__ import annotations
 
 import glob
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from _cli import ToolError
 
@@ -30,8 +28,19 @@ COMPRESSED_SUFFIXES = (".gz", ".zst")
 _BLOCK_BYTES = 1 << 16
 
 
-@dataclass(frozen=True)
-class Record:
+class Position(NamedTuple):
+    """How far reading has come: a place between two documents."""
+
+    file: int
+    """Index of the file in the list of files."""
+    line: int
+    """Lines of it that are read; a file of plain text is one."""
+
+
+START = Position(0, 0)
+
+
+class Record(NamedTuple):
     """One document as it stands in its file."""
 
     origin: str
@@ -40,6 +49,8 @@ class Record:
     """The undecoded bytes."""
     is_json: bool
     """Whether `raw` is a JSON object rather than the text itself."""
+    end: Position
+    """Where reading goes on after this document."""
 
 
 def find_files(inputs: Sequence[str]) -> list[Path]:
@@ -92,27 +103,32 @@ def total_bytes(files: Iterable[Path]) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def read_records(files: Iterable[Path], progress: Callable[[int], object]) -> Iterator[Record]:
+def read_records(
+    files: Sequence[Path], progress: Callable[[int], object], start: Position = START
+) -> Iterator[Record]:
     """Read the documents of the files in order, keeping one block or line in memory.
 
     Args:
         files: as `find_files` lists them.
         progress: called with the number of bytes read from disk since its last call.
+        start: leave out what comes before; the files before it are not opened.
 
     Yields:
-        One record a document; its bytes are not decoded yet, see `texts_of`.
+        One record a document; its bytes are not decoded yet, see _texts.py.
 
     Raises:
         ToolError: a compressed file is truncated or not what its name says.
     """
-    for path in files:
+    progress(total_bytes(files[: start.file]))
+    for index, path in enumerate(files[start.file :], start=start.file):
+        skipped = start.line if index == start.file else 0
         blocks = _blocks(path, progress)
-        if _content_suffix(path) not in JSON_SUFFIXES:
-            yield Record(str(path), b"".join(blocks), is_json=False)
-            continue
-        for number, line in enumerate(_lines(blocks), start=1):
-            if line.strip():
-                yield Record(f"{path}:{number}", line, is_json=True)
+        if _content_suffix(path) in JSON_SUFFIXES:
+            for number, line in enumerate(_lines(blocks), start=1):
+                if number > skipped and line.strip():
+                    yield Record(f"{path}:{number}", line, True, Position(index, number))
+        elif not skipped:
+            yield Record(str(path), b"".join(blocks), False, Position(index, 1))
 
 
 def _blocks(path: Path, progress: Callable[[int], object]) -> Iterator[bytes]:
@@ -177,57 +193,3 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
             pieces.clear()
         pieces.append(rest)
     yield b"".join(pieces)
-
-
-def texts_of(record: Record, keys: Sequence[str]) -> dict[str, list[str]]:
-    """Decode a record and pick out its texts.
-
-    Args:
-        record: from `read_records`.
-        keys: keys of the JSON object; a plain-text file has the key `text` alone.
-
-    Returns:
-        For each key its texts in order: one for a string, several for a list of strings.
-
-    Raises:
-        ToolError: not UTF-8, not a JSON object, a key that is missing or holds no text.
-    """
-    try:
-        text = record.raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ToolError(
-            f"{record.origin}: not UTF-8 ({error.reason} at byte {error.start}); convert the file"
-        ) from error
-    values = _json_object(record.origin, text) if record.is_json else {"text": text}
-    return {key: _texts(record.origin, values, key) for key in keys}
-
-
-def _json_object(origin: str, line: str) -> dict[str, Any]:
-    """Parse one line of JSON."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ToolError(
-            f"{origin}: malformed JSON ({error}); expected one JSON object on each line"
-        ) from error
-    if not isinstance(value, dict):
-        raise ToolError(f"{origin}: a JSON {type(value).__name__}; expected an object")
-    return value
-
-
-def _texts(origin: str, values: dict[str, Any], key: str) -> list[str]:
-    """Return the value of a key as a list of strings."""
-    if key not in values:
-        raise ToolError(f"{origin}: no key {key!r}, only {sorted(values)}; see --json-keys")
-    value = values[key]
-    texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in texts):
-        raise ToolError(f"{origin}: the value of {key!r} is not text; expected a string")
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise ToolError(
-            f"{origin}: the value of {key!r} holds half of a surrogate pair at {error.start}; "
-            "repair the line"
-        ) from error
-    return texts

@@ -1,96 +1,167 @@
-"""Writes a Megatron dataset, PREFIX.bin and PREFIX.idx, as a pair that is whole or not there."""
+"""One Megatron dataset, PREFIX.bin and PREFIX.idx, while it grows and when it is published."""
 
 from __future__ import annotations
 
-import glob
 import os
+import struct
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from _cli import ToolError
 from _megatron import megatron_module
 
+# Of an .idx: magic, version, code of the token type, number of sequences, of documents plus 1.
+# Then, for each sequence, its length i32; for each its offset in bytes i64; and i64 the number of
+# sequences before each document, and in all.
+INDEX_HEADER = struct.Struct("<9sQBQQ")
+INDEX_MAGIC = b"MMIDIDX\0\0"
+_BLOCK = 1 << 20
 
-class IndexedPairWriter:
-    """Context manager around megatron.core's IndexedDatasetBuilder that survives interruption.
 
-    Megatron takes a dataset for whole when both files exist, so while this writer is at work there
-    is no PREFIX.idx: one of an earlier run is set aside on entry. Tokens go to a temporary file in
-    the same folder; `commit` brings both to disk and renames them, the .idx last. Leaving without
-    `commit` removes what was written and puts the earlier .idx back beside its untouched .bin.
-    After `kill -9` there is none, and the next writer clears the temporary files away.
+class Part(NamedTuple):
+    """Some documents of a pair."""
+
+    ids: np.ndarray
+    """Tokens of all sequences, [n], in the type of the .bin."""
+    lengths: np.ndarray
+    """Tokens of each sequence, int32; Megatron draws its samples from sequences."""
+    sequences: np.ndarray
+    """Sequences of each document, int32: normally 1."""
+
+
+class Sizes(NamedTuple):
+    """How much a pair holds."""
+
+    tokens: int = 0
+    sequences: int = 0
+    documents: int = 0
+
+
+class GrowingPair:
+    """A pair in the making: three files that only grow, until they become .bin and .idx.
+
+    STEM.bin holds the tokens, STEM.lengths and STEM.sequences the other fields of `Part`. Whatever
+    has been written after the last `flush` that the caller took note of is cut off by the next
+    start.
     """
 
-    def __init__(self, prefix: str, vocab_size: int) -> None:
-        """Name the files.
+    def __init__(self, stem: Path, dtype: type[np.number], sizes: Sizes) -> None:
+        """Open the files.
 
         Args:
-            prefix: path of the pair without suffix.
-            vocab_size: number of token ids; below 65500 Megatron stores 2 bytes a token, else 4.
+            stem: path of the files without suffix.
+            dtype: of the tokens.
+            sizes: what the files are known to hold; anything behind it is cut off.
+
+        Raises:
+            ToolError: a file holds less.
         """
-        self.prefix = prefix
-        self.tokens = 0
-        self.documents = 0
-        self._dataset = megatron_module("megatron.core.datasets.indexed_dataset")
-        self.dtype: type[np.number] = self._dataset.DType.optimal_dtype(vocab_size)
-        self._bin, self._idx = Path(prefix + ".bin"), Path(prefix + ".idx")
-        # The process id keeps two runs with one prefix from writing into the same file.
-        self._partial_bin = Path(f"{self._bin}.partial.{os.getpid()}")
-        self._partial_idx = Path(f"{self._idx}.partial.{os.getpid()}")
-        self._earlier_idx = Path(f"{self._idx}.earlier")
-        self._builder: Any = None
+        self.sizes, self._dtype = sizes, np.dtype(dtype)
+        self._files = {
+            suffix: _open_at(stem.with_name(stem.name + suffix), count * size)
+            for suffix, count, size in (
+                (".bin", sizes.tokens, self._dtype.itemsize),
+                (".lengths", sizes.sequences, 4),
+                (".sequences", sizes.documents, 4),
+            )
+        }
 
-    def __enter__(self) -> IndexedPairWriter:
-        """Clear leftovers, open the temporary file and set an earlier .idx aside."""
-        self._bin.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in glob.glob(f"{glob.escape(self.prefix)}.???.partial.*"):
-            os.unlink(leftover)
-        self._builder = self._dataset.IndexedDatasetBuilder(str(self._partial_bin), self.dtype)
-        if self._idx.exists():
-            self._idx.replace(self._earlier_idx)
-        return self
+    def add(self, part: Part) -> None:
+        """Append documents."""
+        for file, values in zip(self._files.values(), part, strict=True):
+            file.write(values.tobytes())
+        self.sizes = Sizes(*(have + len(new) for have, new in zip(self.sizes, part, strict=True)))
 
-    def add(self, ids: np.ndarray, lengths: list[int]) -> None:
-        """Append one document.
+    def flush(self) -> None:
+        """Bring the files to disk."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
 
-        Args:
-            ids: token ids [n], every one below the vocabulary size.
-            lengths: tokens of each of its sequences, summing to n; Megatron draws its samples from
-                sequences, and a document normally is one.
-        """
-        self._builder.add_document(ids, lengths)
-        self.tokens += len(ids)
-        self.documents += 1
-
-    def commit(self) -> None:
-        """Make the pair whole; from here on it replaces an earlier one."""
-        self._builder.finalize(str(self._partial_idx))
-        _sync(self._partial_bin)
-        _sync(self._partial_idx)
-        # Belongs to the .bin that the next line replaces.
-        self._earlier_idx.unlink(missing_ok=True)
-        for partial, final in ((self._partial_bin, self._bin), (self._partial_idx, self._idx)):
-            partial.replace(final)
-            _sync(final.parent)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Remove temporary files and, if there was no commit, bring back the earlier pair."""
-        self._builder.data_file.close()
-        self._partial_bin.unlink(missing_ok=True)
-        self._partial_idx.unlink(missing_ok=True)
-        if self._earlier_idx.exists() and self._bin.exists():
-            self._earlier_idx.replace(self._idx)
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
 
 
-def _sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _open_at(path: Path, size: int) -> BinaryIO:
+    """Open a file for appending after `size` bytes."""
+    file = path.open("ab")
+    held = os.fstat(file.fileno()).st_size
+    if held < size:
+        file.close()
+        raise ToolError(
+            f"{path}: {held} bytes, but {size} were finished; remove {path.parent} and start anew"
+        )
+    file.truncate(size)
+    return file
+
+
+def publish(stem: Path, prefix: str, dtype: type[np.number], sizes: Sizes, info: str) -> None:
+    """Turn the closed files of a `GrowingPair` into PREFIX.bin, .idx and .info, or finish doing so.
+
+    The .idx comes last and an earlier one goes first, so that at every moment .idx and .bin belong
+    together, or there is no .idx. A publication that was killed is completed by another call.
+
+    Args:
+        stem: path of the growing files without suffix.
+        prefix: path of the pair without suffix, on the same file system.
+        dtype: of the tokens.
+        sizes: what the files hold.
+        info: content of PREFIX.info.
+    """
+    grown, index = stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".idx")
+    final = Path(prefix + ".idx")
+    if grown.exists():
+        _write_index(stem, index, dtype, sizes)
+        final.unlink(missing_ok=True)
+        sync_folder(final.parent)
+        grown.replace(prefix + ".bin")
+    if index.exists():
+        note = stem.with_name(stem.name + ".info")
+        note.write_text(info, encoding="utf-8")
+        note.replace(prefix + ".info")
+        sync_folder(final.parent)
+        index.replace(final)
+        sync_folder(final.parent)
+
+
+def _write_index(stem: Path, index: Path, dtype: type[np.number], sizes: Sizes) -> None:
+    """Write an .idx block by block."""
+    kinds = megatron_module("megatron.core.datasets.indexed_dataset").DType
+    lengths, sequences = (stem.with_name(stem.name + end) for end in (".lengths", ".sequences"))
+    header = (INDEX_MAGIC, 1, kinds.code_from_dtype(dtype), sizes.sequences, sizes.documents + 1)
+    with index.open("wb") as file:
+        file.write(INDEX_HEADER.pack(*header))
+        for block in _blocks(lengths):
+            file.write(block.tobytes())
+        start = 0
+        for block in _blocks(lengths):
+            ends = start + np.cumsum(block, dtype=np.int64) * np.dtype(dtype).itemsize
+            file.write(np.concatenate(([start], ends[:-1])).tobytes())
+            start = int(ends[-1])
+        file.write(np.int64(0).tobytes())
+        start = 0
+        for block in _blocks(sequences):
+            ends = start + np.cumsum(block, dtype=np.int64)
+            file.write(ends.tobytes())
+            start = int(ends[-1])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _blocks(path: Path) -> Iterator[np.ndarray]:
+    """Read the int32 values of a file a block at a time."""
+    with path.open("rb") as file:
+        while content := file.read(4 * _BLOCK):
+            yield np.frombuffer(content, dtype=np.int32)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

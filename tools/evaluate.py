@@ -1,17 +1,27 @@
-r"""Evaluates a Megatron checkpoint on held-out data: cross-entropy and perplexity.
+r"""Evaluates trained models: perplexity by token frequency, benchmark scores, and a comparison.
 
     python tools/evaluate.py --load runs/mile/checkpoints \
         --data-prefix data/heldout_text_document \
-        --token-frequency data/train_token_frequency.json --output evaluation.json
+        --token-frequency data/train_token_frequency.json --output runs/mile/evaluation.json
 
-Every token of the data but the first is predicted once, by plain cross-entropy whatever objective
-trained the model: the documents are read as one stream, cut into windows of the training sequence
-length. With --token-frequency (made by tools/token_frequency.py) the figures are also given for the
-high, medium and low frequency tokens. One process; a checkpoint of any parallel layout.
+Perplexity of a Megatron checkpoint of any parallel layout, in one process. Every token of the data
+but the first is predicted once, by plain cross-entropy whatever objective trained the model: the
+documents are read as one stream, cut into windows of the training sequence length. With
+--token-frequency (made by tools/token_frequency.py) the figures are also given for the high, medium
+and low frequency tokens.
+
+    python tools/evaluate.py --hf converted/mile --output runs/mile/evaluation.json
+
+Scores of a Hugging Face folder, as tools/convert_checkpoint.py makes it, by lm-evaluation-harness:
+at 0 and 5 shots on tasks in the style of the paper (--tasks, --shots). A task whose data is neither
+cached nor to be reached is named and left out. --load and --hf may be given together.
+
+    python tools/evaluate.py --compare runs/*/evaluation.json --picture comparison.png
 
 The JSON: `checkpoint`, `iteration`, `data`, `tokens`, `cross_entropy` (nats), `ppl`, per bucket
 `tokens_high`, `cross_entropy_high`, `ppl_high` and so on, `vocab_size`, `padded_vocab_size`,
-`megatron_core`, `torch`, `device`, `seconds`. A bucket without tokens has null.
+`megatron_core`, `torch`, `device`; `harness` with `folder`, `lm_eval`, `scores` (shots, task,
+metric) and `missing` (task, reason); `seconds`. A bucket without tokens has null.
 """
 
 from __future__ import annotations
@@ -19,70 +29,23 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from _checkpoint import LoadedModel, checkpoint_folder, choose_device, load_model
 from _cli import ToolError, new_parser, one_line_errors, write_whole
-from token_frequency import BUCKETS, load_buckets, open_pair
-from tqdm import tqdm
+from _comparison import Evaluation, read_evaluations, table
+from _harness import PAPER_SHOTS, PAPER_TASKS, run_harness
+from token_frequency import BUCKETS
 
 PROG = "tools/evaluate.py"
 
 
-def windows(prefix: str, length: int) -> Iterator[np.ndarray]:
-    """Cut the tokens of a pair into windows [length + 1] that share their border token."""
-    dataset, tokens = open_pair(prefix)
-    dtype = np.dtype(dataset.index.dtype)
-    for start in range(0, tokens - 1, length):
-        size = min(length + 1, tokens - start)
-        yield dataset.bin_reader.read(dtype, size, start * dtype.itemsize).astype(np.int64)
-
-
-def batches(prefix: str, length: int, size: int) -> Iterator[torch.Tensor]:
-    """Stack up to `size` windows of equal length into int64 tensors [b, s + 1]."""
-    waiting: list[np.ndarray] = []
-    for window in windows(prefix, length):
-        if waiting and (len(waiting) == size or len(window) != len(waiting[0])):
-            yield torch.from_numpy(np.stack(waiting))
-            waiting = []
-        waiting.append(window)
-    if waiting:
-        yield torch.from_numpy(np.stack(waiting))
-
-
-@torch.no_grad()
-def token_nll(loaded: LoadedModel, batch: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each predicted token.
-
-    Args:
-        loaded: the model.
-        batch: token ids [b, s + 1], int64.
-
-    Returns:
-        nats, [b, s], fp64 on the CPU.
-    """
-    batch = batch.to(loaded.device)
-    tokens, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-    positions = torch.arange(tokens.size(1), device=loaded.device).expand_as(tokens)
-    return loaded.model(tokens, positions, None, labels=labels).double().cpu()
-
-
-def figures(total: float, count: int) -> tuple[float | None, float | None]:
-    """Mean and perplexity of a summed cross-entropy; None where nothing was counted."""
-    return (total / count, math.exp(total / count)) if count else (None, None)
-
-
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the tool.
+    """Run the tool on one model.
 
     Args:
         args: parsed flags of `parse_args`.
@@ -91,76 +54,55 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         The content of the JSON file.
 
     Raises:
-        ToolError: checkpoint, data and frequencies cannot be used together.
+        ToolError: model, data and frequencies cannot be used together, or no task has its data
+            here and nothing else was asked for.
     """
     started = time.monotonic()
     if args.output and not Path(args.output).resolve().parent.is_dir():
         raise ToolError(f"no folder for --output {args.output}; make it first")
-    device = choose_device(args.cpu)
-    buckets = load_buckets(args.token_frequency) if args.token_frequency else None
-    _, tokens = open_pair(args.data_prefix)
-    if tokens < 2:
-        raise ToolError(f"{args.data_prefix}.bin: {tokens} tokens; expected at least 2")
-    folder = checkpoint_folder(args.load, args.ckpt_step)
-    loaded = load_model(folder, device)
-    sums, counts = _sum_by_bucket(loaded, args, buckets, tokens)
-    result = {
-        "checkpoint": str(args.load),
-        "iteration": loaded.iteration,
-        "data": args.data_prefix,
-        "tokens": int(counts.sum()),
-    }
-    if not np.isfinite(sums).all():
-        raise ToolError(f"{folder}: the model's cross-entropy is not finite; its training diverged")
-    result["cross_entropy"], result["ppl"] = figures(float(sums.sum()), int(counts.sum()))
-    for index, name in enumerate(BUCKETS if buckets is not None else ()):
-        result[f"tokens_{name}"] = int(counts[index])
-        mean, ppl = figures(float(sums[index]), int(counts[index]))
-        result[f"cross_entropy_{name}"], result[f"ppl_{name}"] = mean, ppl
-    return {**result, **_conditions(loaded, buckets), "seconds": time.monotonic() - started}
-
-
-def _sum_by_bucket(
-    loaded: LoadedModel, args: argparse.Namespace, buckets: np.ndarray | None, tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return summed nats and numbers of tokens per bucket, [3] fp64 and int64."""
-    sums, counts = np.zeros(len(BUCKETS)), np.zeros(len(BUCKETS), dtype=np.int64)
-    limit = loaded.args.padded_vocab_size if buckets is None else len(buckets)
-    if limit > loaded.args.padded_vocab_size:
-        raise ToolError(
-            f"{args.token_frequency}: made for a vocabulary of {limit}, but the model has "
-            f"{loaded.args.padded_vocab_size}; give the tokenizer's own frequencies"
+    result: dict[str, Any] = {}
+    # First: the Hugging Face libraries read their environment once, and Megatron loads them too.
+    if args.hf:
+        result["harness"] = run_harness(
+            args.hf,
+            args.tasks,
+            args.shots,
+            task_folder=args.task_folder,
+            batch_size=args.micro_batch_size,
+            cpu=args.cpu,
         )
-    with tqdm(total=tokens - 1, unit="token", unit_scale=True, disable=None) as bar:
-        for batch in batches(args.data_prefix, loaded.args.seq_length, args.micro_batch_size):
-            if not 0 <= int(batch.min()) <= int(batch.max()) < limit:
-                raise ToolError(
-                    f"{args.data_prefix}.bin: token ids {batch.min()} to {batch.max()} do not fit "
-                    f"the vocabulary of {limit}; preprocess it with the model's tokenizer"
-                )
-            nll = token_nll(loaded, batch).numpy().ravel()
-            labels = batch[:, 1:].numpy().ravel()
-            where = np.zeros_like(labels) if buckets is None else buckets[labels]
-            sums += np.bincount(where, weights=nll, minlength=len(BUCKETS))
-            counts += np.bincount(where, minlength=len(BUCKETS))
-            bar.update(labels.size)
-    return sums, counts
+        _report_missing(result["harness"], alone=args.load is None)
+    if args.load:
+        from _perplexity import perplexity
+
+        figures = perplexity(
+            args.load,
+            args.ckpt_step,
+            args.data_prefix,
+            args.token_frequency,
+            batch_size=args.micro_batch_size,
+            cpu=args.cpu,
+        )
+        result = {**figures, **result}
+    return {**result, "seconds": time.monotonic() - started}
 
 
-def _conditions(loaded: LoadedModel, buckets: np.ndarray | None) -> dict[str, Any]:
-    on_gpu = loaded.device.type == "cuda"
-    padded = loaded.args.padded_vocab_size
-    return {
-        "vocab_size": len(buckets) if buckets is not None else loaded.args.vocab_size or padded,
-        "padded_vocab_size": padded,
-        "megatron_core": metadata.version("megatron-core"),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-    }
+def _report_missing(harness: dict[str, Any], alone: bool) -> None:
+    """Say in one line which tasks had no data; raise it where nothing else is left to do."""
+    missing = harness["missing"]
+    if not missing:
+        return
+    message = (
+        f"no data for {', '.join(missing)} ({next(iter(missing.values()))}); run once where the "
+        "Hugging Face Hub can be reached and keep HF_HOME, or give --tasks"
+    )
+    if alone and not harness["scores"]:
+        raise ToolError(message)
+    print(f"{PROG}: left out: {message}", file=sys.stderr)
 
 
-def table(result: dict[str, Any]) -> str:
-    """Lay the figures out for people."""
+def perplexity_table(result: dict[str, Any]) -> str:
+    """Lay the cross-entropies out for people."""
     rows = [f"{'tokens':10}{'count':>12}{'cross-entropy':>16}{'ppl':>12}"]
     for suffix in ("", *("_" + name for name in BUCKETS)):
         if result.get("ppl" + suffix) is not None:
@@ -171,21 +113,80 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def compare(args: argparse.Namespace) -> None:
+    """Print, and draw, several evaluations side by side.
+
+    Args:
+        args: parsed flags of `parse_args`.
+
+    Raises:
+        ToolError: a file is not an evaluation, or the picture cannot be written.
+    """
+    evaluations = read_evaluations(args.compare)
+    print(table(evaluations))
+    if args.picture:
+        from _comparison_picture import draw
+
+        draw(evaluations, args.picture)
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line (default: that of the process)."""
     parser = new_parser(PROG, __doc__)
-    add = parser.add_argument
-    add("--load", required=True, help="Megatron checkpoint folder (torch_dist)")
+    add = parser.add_argument_group("perplexity").add_argument
+    add("--load", help="Megatron checkpoint folder (torch_dist)")
     add("--ckpt-step", type=int, help="iteration (default: the latest)")
-    add("--data-prefix", required=True, help="held-out data, path without .bin and .idx")
+    add("--data-prefix", help="held-out data, path without .bin and .idx")
     add("--token-frequency", help="JSON of tools/token_frequency.py, for figures per bucket")
+    add = parser.add_argument_group("benchmarks").add_argument
+    add("--hf", type=Path, metavar="FOLDER", help="Hugging Face model folder")
+    add(
+        "--tasks",
+        nargs="+",
+        default=PAPER_TASKS,
+        metavar="TASK",
+        help=f"names of the harness (default: {' '.join(PAPER_TASKS)})",
+    )
+    add(
+        "--shots",
+        nargs="+",
+        type=int,
+        default=PAPER_SHOTS,
+        metavar="N",
+        help=f"examples in the prompt (default: {' '.join(map(str, PAPER_SHOTS))})",
+    )
+    add("--task-folder", type=Path, help="folder with more task definitions (YAML)")
+    add = parser.add_argument_group("comparison").add_argument
+    add(
+        "--compare", nargs="+", type=Path, metavar="JSON", help="evaluations, named by their folder"
+    )
+    add("--picture", type=Path, help="picture of the comparison (.png, .svg or .pdf)")
+    add = parser.add_argument
     add("--output", help="JSON file to write (default: none, the table only)")
-    add("--micro-batch-size", type=int, default=8, help="windows at a time (default: %(default)s)")
+    add(
+        "--micro-batch-size",
+        type=int,
+        default=8,
+        help="windows or requests at a time (default: %(default)s)",
+    )
     add("--cpu", action="store_true", help="use the CPU even where there is a GPU")
     args = parser.parse_args(argv)
+    _check_flags(parser, args)
+    return args
+
+
+def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error where flags do not go together."""
+    if bool(args.compare) == bool(args.load or args.hf):
+        parser.error("give --load, --hf or both; or --compare with what they wrote")
+    if bool(args.load) != bool(args.data_prefix):
+        parser.error("--load and --data-prefix need each other")
+    if args.picture and not args.compare:
+        parser.error("--picture needs --compare")
     if args.micro_batch_size < 1:
         parser.error(f"--micro-batch-size {args.micro_batch_size}: expected at least 1")
-    return args
+    if min(args.shots) < 0:
+        parser.error(f"--shots {min(args.shots)}: expected 0 or more")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -194,10 +195,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")  # Megatron's own notices about missing GPU packages
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with one_line_errors(PROG):
+        if args.compare:
+            compare(args)
+            return
         result = evaluate(args)
         if args.output:
             write_whole(Path(args.output), json.dumps(result, indent=2) + "\n")
-        print(table(result))
+        if args.load:
+            print(perplexity_table(result))
+        if args.hf:
+            print(table([Evaluation(args.hf.name, {"harness": result["harness"]})]))
 
 
 if __name__ == "__main__":

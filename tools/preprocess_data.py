@@ -4,26 +4,46 @@ r"""Turns text into the .bin/.idx pairs that Megatron trains on.
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model data/tokenizer \
         --append-eod --workers 4
 
-writes data/corpus_text_document.bin and .idx, for `--data-path data/corpus_text_document`.
+writes data/corpus_text_document.bin and .idx, for `--data-path data/corpus_text_document`, and
+beside them .info: what they hold, and a fingerprint of the tokenizer.
 
-The flags and files are those of Megatron-LM's own tools/preprocess_data.py (its sentence splitting
-and partitions left out), and so are the bytes written. It also reads folders, patterns, plain text,
-.zst and .gz (see _documents.py), and needs megatron-core alone. Documents keep the order of the
-input whatever `--workers` is. An existing pair is replaced; if the run fails or is interrupted with
-Ctrl-C the existing pair stays, and after `kill -9` there is no .idx that could be taken for whole.
+The flags and files are those of Megatron-LM's own tools/preprocess_data.py (its partitions left
+out), and so are the bytes written. It also reads folders, patterns, plain text, .zst and .gz (see
+_documents.py), and needs megatron-core alone. Documents keep the order of the input whatever
+`--workers` is, and memory does not grow with the input.
+
+An interrupted or killed run loses less than one shard, --shard-bytes of text: the same command goes
+on where the last whole shard ended. Until the end everything lies in data/corpus.partial/ and an
+existing pair stays as it is; after `kill -9` there is no .idx that could be taken for whole.
+
+The Pile, each of its domains as a pair (data/pile_Pile-CC_text_document and so on), for
+tools/pile_blend.py:
+
+    python tools/preprocess_data.py --input pile/train --output-prefix data/pile --split-domains \
+        --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model --append-eod --workers 64
+
+With --split-sentences each sentence becomes a sequence of its document, as BERT-style datasets want
+it, and the pair is PREFIX_text_sentence.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
+from pathlib import Path
+from typing import Any
 
-from _cli import ToolError, new_parser, one_line_errors
+from _batch_tokenizer import fingerprint
+from _cli import new_parser, one_line_errors
 from _documents import find_files, read_records, total_bytes
 from _encode import Encoder, encode_all
-from _indexed_pair import IndexedPairWriter
-from _megatron import add_tokenizer_flags, build_tokenizer
+from _megatron import add_tokenizer_flags, build_tokenizer, megatron_module
+from _sentences import sentence_splitter
+from _work_folder import WorkFolder
 from tqdm import tqdm
 
 PROG = "tools/preprocess_data.py"
@@ -39,34 +59,69 @@ def preprocess(args: argparse.Namespace) -> None:
         ToolError: the input, the tokenizer or the output cannot be used; an existing pair stays.
     """
     files = find_files(args.input)
-    keys = list(dict.fromkeys(args.json_keys))
-    encoder = Encoder(build_tokenizer(args), keys, args.append_eod)
-    with ExitStack() as stack:
-        writers = {
-            key: stack.enter_context(
-                IndexedPairWriter(f"{args.output_prefix}_{key}_document", encoder.vocab_size)
-            )
-            for key in keys
-        }
-        size = total_bytes(files)
-        bar = stack.enter_context(tqdm(total=size, unit="B", unit_scale=True, disable=None))
-        records = read_records(files, bar.update)
-        encoded = stack.enter_context(closing(encode_all(records, encoder, args.workers)))
-        for number, document in enumerate(encoded, start=1):
-            for key, (ids, lengths) in document.items():
-                writers[key].add(ids, lengths)
-            if number % args.log_interval == 0:
-                bar.set_postfix(documents=number, refresh=False)
-        for key, writer in writers.items():
-            if not writer.tokens:
-                raise ToolError(f"empty corpus: no token under {key!r} in {' '.join(args.input)}")
-        for writer in writers.values():
-            writer.commit()
-    for writer in writers.values():
+    tokenizer = build_tokenizer(args)
+    # Below 65500 token ids Megatron stores 2 bytes a token, else 4.
+    kinds = megatron_module("megatron.core.datasets.indexed_dataset").DType
+    dtype = kinds.optimal_dtype(tokenizer.vocab_size)
+    encoder = Encoder(
+        tokenizer,
+        args.json_keys,
+        dtype,
+        append_eod=args.append_eod,
+        split_domains=args.split_domains,
+        skip_bad_lines=args.skip_bad_lines,
+        splitter=sentence_splitter(args.lang) if args.split_sentences else None,
+    )
+    level = "sentence" if args.split_sentences else "document"
+    settings = _settings(args, files, fingerprint(tokenizer, args))
+    with WorkFolder(args.output_prefix, level, dtype, settings) as work:
+        if not work.complete:
+            _encode_files(args, files, encoder, work)
+        pairs = work.publish()
+    for prefix, sizes in pairs.items():
         print(
-            f"{writer.prefix}: {writer.documents:,} documents, {writer.tokens:,} tokens"
-            f" as {writer.dtype.__name__}, vocabulary {encoder.vocab_size:,}"
+            f"{prefix}: {sizes.documents:,} documents, {sizes.tokens:,} tokens"
+            f" as {dtype.__name__}, vocabulary {tokenizer.vocab_size:,}"
         )
+    if work.bad_lines:
+        print(f"{work.bad_lines:,} bad lines skipped", file=sys.stderr)
+
+
+def _settings(args: argparse.Namespace, files: Sequence[Path], tokenizer: str) -> dict[str, Any]:
+    """Return all that the tokens depend on, under names for error messages."""
+    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return {
+        "tokenizer": tokenizer,
+        "input (names, sizes, times of change)": hashlib.sha256(
+            json.dumps(states).encode()
+        ).hexdigest(),
+        "--json-keys": args.json_keys,
+        "--append-eod": args.append_eod,
+        "--split-domains": args.split_domains,
+        "--split-sentences": args.lang if args.split_sentences else None,
+    }
+
+
+def _encode_files(
+    args: argparse.Namespace, files: Sequence[Path], encoder: Encoder, work: WorkFolder
+) -> None:
+    """Encode the files from where `work` stands, and save every shard."""
+    shown = work.documents
+    if shown:
+        print(f"going on after {shown:,} finished documents", file=sys.stderr)
+    with tqdm(total=total_bytes(files), unit="B", unit_scale=True, disable=None) as bar:
+        records = read_records(files, bar.update, work.position)
+        with closing(encode_all(records, encoder, args.workers)) as batches:
+            for batch in batches:
+                work.add(batch)
+                for line in batch.bad_lines:
+                    tqdm.write(f"skipped: {line}", file=sys.stderr)
+                if work.unsaved >= args.shard_bytes:
+                    work.save()
+                if work.documents >= shown + args.log_interval:
+                    shown = work.documents
+                    bar.set_postfix(documents=shown, refresh=False)
+    work.save(complete=True)
 
 
 def _positive(text: str) -> int:
@@ -83,14 +138,37 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="files, folders or glob patterns")
     add("--json-keys", nargs="+", default=["text"], help="one pair for each (default: text)")
-    add("--output-prefix", required=True, help="the pair is PREFIX_KEY_document.bin and .idx")
+    add("--output-prefix", required=True, help="the pair is PREFIX_KEY_document.bin, .idx")
     add("--append-eod", action="store_true", help="end each document with the eod token")
+    add(
+        "--split-domains",
+        action="store_true",
+        help="one pair for each domain of the Pile: PREFIX_DOMAIN_KEY_document, by the line's"
+        " meta.pile_set_name",
+    )
+    add(
+        "--split-sentences",
+        action="store_true",
+        help="one sequence for each sentence, found by NLTK: PREFIX_KEY_sentence",
+    )
+    add("--lang", default="english", help="NLTK's model for that (default: %(default)s)")
+    add(
+        "--skip-bad-lines",
+        action="store_true",
+        help="name and count lines that are no JSON object of UTF-8 text, and go on",
+    )
     add("--workers", type=_positive, default=1, help="processes (default: %(default)s)")
     add(
         "--log-interval",
         type=_positive,
         default=1000,
         help="documents between updates of the count in the bar (default: %(default)s)",
+    )
+    add(
+        "--shard-bytes",
+        type=_positive,
+        default=1 << 28,
+        help="text that is finished at a time and survives a kill (default: %(default)s)",
     )
     add_tokenizer_flags(parser, required=True)
     return parser.parse_args(argv)

@@ -21,13 +21,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from _cli import ToolError, new_parser, one_line_errors, write_whole
+from _indexed_pair import INDEX_HEADER, INDEX_MAGIC
 from _megatron import add_tokenizer_flags, build_tokenizer, megatron_module
 from tqdm import tqdm
 
@@ -36,7 +36,6 @@ BUCKETS = ("high", "medium", "low")
 # Percent of all occurrences at which medium and low begin.
 BORDERS = (80, 95)
 _BLOCK_TOKENS = 1 << 22
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
 
 
 def assign_buckets(counts: np.ndarray) -> np.ndarray:
@@ -140,17 +139,13 @@ def open_pair(prefix: str) -> tuple[Any, int]:
 
 
 def _check_index(path: Path) -> None:
-    """Refuse an index whose header or size is wrong: Megatron's reader fails at length on one.
-
-    Layout: 9 bytes magic, version u64, token type u8, sequences u64, documents u64; then for each
-    sequence its length i32, for each its offset i64, and for each document its end i64.
-    """
+    """Refuse an index whose header or size is wrong: Megatron's reader fails at length on one."""
     with path.open("rb") as file:
-        header = file.read(_INDEX_HEADER.size)
-    if len(header) == _INDEX_HEADER.size:
-        magic, version, _, sequences, documents = _INDEX_HEADER.unpack(header)
-        needed = _INDEX_HEADER.size + sequences * (4 + 8) + documents * 8
-        if (magic, version) == (b"MMIDIDX\0\0", 1) and path.stat().st_size >= needed:
+        header = file.read(INDEX_HEADER.size)
+    if len(header) == INDEX_HEADER.size:
+        magic, version, _, sequences, documents = INDEX_HEADER.unpack(header)
+        needed = INDEX_HEADER.size + sequences * (4 + 8) + documents * 8
+        if (magic, version) == (INDEX_MAGIC, 1) and path.stat().st_size >= needed:
             return
     raise ToolError(f"{path}: not a whole Megatron index; preprocess the data again")
 

@@ -25,7 +25,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from _cli import ToolError, new_parser, one_line_errors
-from _documents import find_files, read_records, texts_of, total_bytes
+from _documents import find_files, read_records, total_bytes
+from _texts import content_of, texts_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -130,7 +131,9 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     def corpus(bar: tqdm) -> Iterator[str]:
         nonlocal characters
         for record in read_records(files, bar.update):
-            for texts in texts_of(record, args.json_keys).values():
+            content = content_of(record)
+            for key in args.json_keys:
+                texts = texts_of(record, content, key)
                 characters += sum(map(len, texts))
                 yield from texts
 

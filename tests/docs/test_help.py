@@ -15,9 +15,10 @@ EXPECTED = {
     "examples/quickstart.py": ("--objectives", "--steps", "--tp", "--out", "--corpus"),
     "tools/estimate.py": ("--size", "--gpus", "--gpu-memory", "--mfu", "--peak-tflops", "--json"),
     "tools/convert_checkpoint.py": ("--to", "--load", "--output", "--dtype", "--model"),
-    "tools/evaluate.py": ("--load", "--data-prefix", "--token-frequency", "--output", "--cpu"),
+    "tools/evaluate.py": ("--load", "--token-frequency", "--hf", "--shots", "--compare"),
+    "tools/pile_blend.py": ("folder", "--output", "--renormalize", "--data-args-path"),
     "tools/plot_runs.py": ("RUN", "--output", "--tag"),
-    "tools/preprocess_data.py": ("--input", "--json-keys", "--append-eod", "--workers"),
+    "tools/preprocess_data.py": ("--input", "--split-domains", "--skip-bad-lines", "--workers"),
     "tools/token_frequency.py": ("--data-prefix", "--tokenizer-type", "--output"),
     "tools/train_tokenizer.py": ("--input", "--vocab-size", "--output"),
 }

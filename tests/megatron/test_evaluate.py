@@ -27,17 +27,24 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_evaluate_equals_a_plain_loop_over_logits_and_repeats_itself(
-    runs: TrainingRuns, held_out: Path
+    runs: TrainingRuns, held_out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = held_out
     checkpoint = runs.train(2, MILE, TP2, save=True).checkpoint
     command = f"--load {checkpoint} --data-prefix {folder}/text --cpu --micro-batch-size 7".split()
     results = []
+    # A Hugging Face folder whose tasks have no data here: the rest must run all the same.
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(folder / "home"))
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text("{}")
+    command += ["--hf", str(folder / "hf"), "--tasks", "piqa"]
     for name in ("first.json", "second.json"):
         frequency = ("--token-frequency", folder / "frequency.json", "--output", folder / name)
         done = python(EVALUATE, *command, *frequency)
         assert done.returncode == 0, done.stderr
         assert "cross-entropy" in done.stdout
+        assert "left out: no data for piqa (" in done.stderr
         results.append(json.loads((folder / name).read_text()))
     for result in results:
         result.pop("seconds")

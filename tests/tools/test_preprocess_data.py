@@ -164,7 +164,7 @@ def test_main_broken_input_is_named_and_loses_nothing(
     given.write_bytes(content)
     assert expected in failure(main, "--input", given, *flags)
     assert files_below(out) == earlier
-    assert len(earlier) == 2
+    assert len(earlier) == 3
 
 
 def test_main_failure_without_earlier_pair_leaves_nothing(
@@ -213,3 +213,66 @@ def test_main_unusable_flags_are_named_and_write_nothing(
         assert expected in failure(main, *flags)
         assert files_below(tmp_path) == before
     assert "0 is not positive" in failure(main, *inputs, *out, *null, "--workers", 0, status=2)
+
+
+def test_main_skip_bad_lines_names_and_counts_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], failure: Callable[..., str]
+) -> None:
+    bad = [b"{", b"[1]", b'{"text": "\xff"}', b'{"text": "a \\ud800"}']
+    given = tmp_path / "in.jsonl"
+    given.write_bytes(b"\n".join([*bad[:2], GOOD.strip(), b"", *bad[2:], GOOD.strip()]))
+    null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "10", "--workers", "2"]
+    flags = ["--input", str(given), "--output-prefix", str(tmp_path / "c"), *null]
+    assert "in.jsonl:1: malformed JSON" in failure(main, *flags)
+    main([*flags, "--skip-bad-lines"])
+    *skipped, count = [line for line in capsys.readouterr().err.splitlines() if "bar" not in line]
+    assert [line.split(": ")[:2] for line in skipped] == [
+        ["skipped", f"{given}:{number}"] for number in (1, 2, 5, 6)
+    ]
+    assert count == "4 bad lines skipped"
+    assert np.frombuffer(pair_bytes(tmp_path / "c")[0], dtype=np.uint16).tolist() == [1, 2, 3] * 2
+    assert json.loads((tmp_path / "c_text_document.info").read_text())["skipped_lines"] == 4
+
+
+def test_main_missing_text_is_an_error_even_where_bad_lines_are_skipped(
+    tmp_path: Path, failure: Callable[..., str]
+) -> None:
+    null = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "10", "--skip-bad-lines"]
+    for name in ("key.jsonl", "number.jsonl"):
+        content, expected = BROKEN_INPUT[name]
+        (tmp_path / name).write_bytes(content)
+        out = tmp_path / "out" / "c"
+        assert expected in failure(main, "--input", tmp_path / name, "--output-prefix", out, *null)
+        assert list(out.parent.iterdir()) == []
+
+
+def test_main_split_domains_equals_one_run_for_each_domain(
+    tmp_path: Path, texts: list[str], hf_flags: list[str], failure: Callable[..., str]
+) -> None:
+    names = ("Pile-CC", "Gutenberg (PG-19)", "Wikipedia (en)")
+    lines = [
+        json.dumps({"text": text, "meta": {"pile_set_name": names[index % 3]}}) + "\n"
+        for index, text in enumerate(texts)
+    ]
+    common = ["--append-eod", *hf_flags, "--input"]
+    (tmp_path / "all.jsonl").write_text("".join(lines))
+    split = ["--split-domains", "--workers", "2", "--output-prefix", str(tmp_path / "pile")]
+    main([*common, str(tmp_path / "all.jsonl"), *split])
+    for index, name in enumerate(("Pile-CC", "Gutenberg_PG-19", "Wikipedia_en")):
+        given = tmp_path / f"{index}.jsonl"
+        given.write_text("".join(lines[index::3]))
+        main([*common, str(given), "--output-prefix", str(tmp_path / f"{index}")])
+        assert pair_bytes(tmp_path / f"pile_{name}") == pair_bytes(tmp_path / f"{index}")
+    assert len(list(tmp_path.glob("pile*"))) == 9
+    flags = ["--split-domains", "--output-prefix", tmp_path / "x", *hf_flags, "--input"]
+    for line, message in (
+        ('{"text": "1"}', "bad.jsonl:1: no domain; --split-domains expects"),
+        ('{"text": "1", "meta": {"pile_set_name": 3}}', "bad.jsonl:1: no domain"),
+        (
+            '{"text": "1", "meta": {"pile_set_name": "A B"}}\n'
+            '{"text": "1", "meta": {"pile_set_name": "A_B"}}',
+            "the domains 'A_B' and 'A B' would share the files",
+        ),
+    ):
+        (tmp_path / "bad.jsonl").write_text(line)
+        assert message in failure(main, *flags, tmp_path / "bad.jsonl")

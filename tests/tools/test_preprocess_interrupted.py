@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from _cli import ToolError
-from _documents import Record
+from _documents import Position, Record
 from _encode import encode_all
 from pair_files import files_below, pair_bytes
 from preprocess_data import main
@@ -30,12 +30,12 @@ DOCUMENT = b'{"text": "1 2 3"}\n'
 class _Killer:
     """An encoder whose process is killed, as the kernel does when memory runs out."""
 
-    def __call__(self, record: Record) -> None:
+    def __call__(self, records: list[Record]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_encode_all_dead_worker_is_an_error() -> None:
-    records = [Record("a", b"a", is_json=False)]
+    records = [Record("a", b"a", False, Position(0, 1))]
     with pytest.raises(ToolError, match="a worker was killed"):
         list(encode_all(records, _Killer(), workers=2))
 
@@ -46,12 +46,13 @@ def test_encode_all_reads_no_further_than_its_window() -> None:
     def endless() -> Iterator[Record]:
         nonlocal read
         for read in itertools.count(1):
-            yield Record(str(read), b"", is_json=False)
+            yield Record(str(read), b"", False, Position(0, read))
 
-    documents = encode_all(endless(), lambda record: record.origin, workers=2)
-    assert list(itertools.islice(documents, 200)) == [str(number) for number in range(1, 201)]
-    documents.close()
-    assert read <= (4 * 2 + 1 + 200 // 64 + 1) * 64
+    batches = encode_all(endless(), lambda batch: [record.origin for record in batch], workers=2)
+    found = list(itertools.chain.from_iterable(itertools.islice(batches, 3)))
+    assert found == [str(number) for number in range(1, 3 * 64 + 1)]
+    batches.close()
+    assert read <= (4 * 2 + 1 + 3) * 64
 
 
 def _start_stalled(flags: list[str], fifo: Path, lines: bytes) -> subprocess.Popen[str]:
@@ -70,7 +71,7 @@ def _start_stalled(flags: list[str], fifo: Path, lines: bytes) -> subprocess.Pop
     rest = memoryview(lines[: len(lines) // 2])
     out = Path(flags[flags.index("--output-prefix") + 1]).parent
     deadline = time.monotonic() + 120
-    while not any(path.stat().st_size for path in out.glob("*.bin.partial.*")):
+    while not any(path.stat().st_size for path in out.glob("*.partial/*.bin")):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, "no output"
         with contextlib.suppress(BlockingIOError):
@@ -91,13 +92,14 @@ def _running(pid: int) -> bool:
         return False
 
 
-def test_main_killed_run_leaves_no_index_and_can_be_repeated(
+def test_main_killed_run_keeps_the_earlier_pair_and_can_be_repeated(
     tmp_path: Path, corpus: Path, hf_flags: list[str], whole: Path
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
     for suffix in (".bin", ".idx"):
         shutil.copy(f"{whole}_text_document{suffix}", out / f"c_text_document{suffix}")
+    earlier = files_below(out)
     flags = ["--output-prefix", str(out / "c"), "--append-eod", "--workers", "2", *hf_flags]
     process = _start_stalled(flags, tmp_path / "pipe.jsonl", corpus.read_bytes())
     workers = _children(process.pid)
@@ -106,9 +108,8 @@ def test_main_killed_run_leaves_no_index_and_can_be_repeated(
     process.wait()  # communicate would wait for workers that outlive it
     assert process.stderr
     process.stderr.close()
-    names = {path.name for path in out.iterdir()}
-    assert "c_text_document.idx" not in names
-    assert f"c_text_document.bin.partial.{process.pid}" in names
+    assert earlier.items() <= files_below(out).items()
+    assert (out / "c.partial").is_dir()
     deadline = time.monotonic() + 10
     while left := list(filter(_running, workers)):
         if time.monotonic() > deadline:
@@ -118,7 +119,7 @@ def test_main_killed_run_leaves_no_index_and_can_be_repeated(
         time.sleep(0.1)
     main(["--input", str(corpus), *flags])
     assert pair_bytes(out / "c") == pair_bytes(whole)
-    assert len(list(out.iterdir())) == 2
+    assert len(list(out.iterdir())) == 3
 
 
 def test_main_ctrl_c_keeps_the_earlier_pair(tmp_path: Path) -> None:
@@ -129,7 +130,6 @@ def test_main_ctrl_c_keeps_the_earlier_pair(tmp_path: Path) -> None:
     main(["--input", str(tmp_path / "good.jsonl"), *flags])
     earlier = files_below(out)
     process = _start_stalled(flags, tmp_path / "pipe.jsonl", DOCUMENT * 10000)
-    assert not (out / "c_text_document.idx").exists()
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == "tools/preprocess_data.py: error: interrupted\n"
     assert process.returncode == 130

@@ -1,0 +1,176 @@
+"""PREFIX.partial/: what preprocessing has finished so far, from which the same command goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from _cli import ToolError, write_whole
+from _documents import START, Position
+from _encode import Batch, Stream
+from _indexed_pair import GrowingPair, Sizes, publish, sync_folder
+
+
+class WorkFolder:
+    """Context manager around the unfinished pairs of one run, which `kill -9` may end anywhere.
+
+    The folder holds the pairs as `GrowingPair` and the file `progress`: the settings, the place in
+    the input, and how much of each pair belongs to it. `save` brings the pairs to disk and then
+    replaces `progress`, so the two always agree; the next run cuts off what came later. Until
+    `publish` nothing outside the folder is touched. Left without any `save`, it is removed.
+    """
+
+    def __init__(
+        self, prefix: str, level: str, dtype: type[np.number], settings: dict[str, Any]
+    ) -> None:
+        """Name the folder.
+
+        Args:
+            prefix: --output-prefix.
+            level: what a sequence is, `document` or `sentence`; the end of the pairs' names.
+            dtype: of the tokens.
+            settings: all that the tokens depend on, as JSON can hold it; a folder begun with
+                others is refused.
+        """
+        self.position, self.documents, self.bad_lines, self.unsaved = START, 0, 0, 0
+        self.complete = False
+        self._prefix, self._level, self._dtype = prefix, level, dtype
+        self._settings = settings
+        self._folder = Path(prefix + ".partial")
+        self._progress = self._folder / "progress"
+        self._names: dict[str, Stream] = {}
+        self._pairs: dict[str, GrowingPair] = {}
+        self._sizes: dict[str, Sizes] = {}
+
+    def __enter__(self) -> WorkFolder:
+        """Lock the folder and go on from what it holds."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self._folder / "lock").open("w")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ToolError(f"{self._folder}: another run is writing there") from error
+        if self._progress.exists():
+            self._resume()
+        return self
+
+    def _resume(self) -> None:
+        """Read the progress of an earlier run."""
+        saved = json.loads(self._progress.read_text(encoding="utf-8"))
+        for name, value in self._settings.items():
+            if saved["settings"].get(name) != value:
+                raise ToolError(
+                    f"{self._folder}: begun with another {name}; finish it with the same command, "
+                    "or remove the folder to start anew"
+                )
+        self.position, self.complete = Position(*saved["position"]), saved["complete"]
+        self.documents, self.bad_lines = saved["documents"], saved["bad_lines"]
+        for name, (domain, key, *sizes) in saved["pairs"].items():
+            self._names[name], self._sizes[name] = (domain, key), Sizes(*sizes)
+            if not self.complete:
+                self._open(name, self._sizes[name])
+
+    def _open(self, name: str, sizes: Sizes) -> None:
+        self._pairs[name] = GrowingPair(self._folder / name, self._dtype, sizes)
+
+    def add(self, batch: Batch) -> None:
+        """Append what the encoder made of some records.
+
+        Raises:
+            ToolError: the names of two domains give the same file name.
+        """
+        for stream, part in batch.parts.items():
+            name = self._name(stream)
+            if self._names.setdefault(name, stream) != stream:
+                raise ToolError(
+                    f"the domains {stream[0]!r} and {self._names[name][0]!r} would share the files "
+                    f"{self._prefix}_{name}.*; rename one"
+                )
+            if name not in self._pairs:
+                self._open(name, Sizes())
+            self._pairs[name].add(part)
+        self.position = batch.end
+        self.documents += batch.documents
+        self.bad_lines += len(batch.bad_lines)
+        self.unsaved += batch.size
+
+    def _name(self, stream: Stream) -> str:
+        """Return what stands behind the prefix in the names of a pair."""
+        domain, key = stream
+        parts = [key, self._level] if domain is None else [file_name(domain), key, self._level]
+        return "_".join(parts)
+
+    def save(self, complete: bool = False) -> None:
+        """Make what was added so far survive; `complete` when the input has been read to its end.
+
+        Raises:
+            ToolError: `complete`, and there is a pair without a token, or none.
+        """
+        self._sizes = {name: pair.sizes for name, pair in self._pairs.items()}
+        if complete:
+            self._check_tokens()
+        for pair in self._pairs.values():
+            pair.flush()
+        sync_folder(self._folder)
+        content = {
+            "settings": self._settings,
+            "position": self.position,
+            "documents": self.documents,
+            "bad_lines": self.bad_lines,
+            "complete": complete,
+            "pairs": {name: [*self._names[name], *sizes] for name, sizes in self._sizes.items()},
+        }
+        write_whole(self._progress, json.dumps(content) + "\n")
+        sync_folder(self._folder)
+        self.complete, self.unsaved = complete, 0
+
+    def _check_tokens(self) -> None:
+        empty = [self._names[name] for name, sizes in self._sizes.items() if not sizes.tokens]
+        if empty or not self._sizes:
+            domain, key = empty[0] if empty else (None, None)
+            where = f" under {key!r}" if key else ""
+            raise ToolError(
+                f"empty corpus: no token{where} in {domain or 'the input'}; nothing to train on"
+            )
+
+    def publish(self) -> dict[str, Sizes]:
+        """Turn the complete pairs into the final ones; return their sizes by prefix."""
+        self._close()
+        for name, sizes in self._sizes.items():
+            info = {**sizes._asdict(), "skipped_lines": self.bad_lines, **self._settings}
+            publish(
+                self._folder / name,
+                f"{self._prefix}_{name}",
+                self._dtype,
+                sizes,
+                json.dumps(info, indent=2) + "\n",
+            )
+        self._progress.unlink()
+        return {f"{self._prefix}_{name}": sizes for name, sizes in self._sizes.items()}
+
+    def _close(self) -> None:
+        for pair in self._pairs.values():
+            pair.close()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the files, and remove a folder that nothing can go on from."""
+        self._close()
+        if not self._progress.exists():
+            shutil.rmtree(self._folder)
+        self._lock.close()
+
+
+def file_name(domain: str) -> str:
+    """Return a domain's name as it stands in file names: `Gutenberg (PG-19)`, `Gutenberg_PG-19`."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", domain).strip("_")
