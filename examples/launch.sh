@@ -111,8 +111,8 @@ fi
 
 python=${PYTHON:-$root/.venv/bin/python}
 [[ ${PYTHON:-} || -x $python ]] || python=python3
-# Megatron's tensor parallelism wants one queue on GPUs before Blackwell, and torchrun would kill ranks
-# that still write a checkpoint after 30 seconds.
+# Megatron's tensor parallelism wants one queue on GPUs before Blackwell, and torchrun would kill
+# ranks that still write a checkpoint after 30 seconds.
 command=(
     env "PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}"
     "CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
@@ -127,12 +127,12 @@ if [[ $dry_run ]]; then
     exit
 fi
 
-# SIGTERM would also end the process that Megatron keeps for its checkpoints from the first one on,
-# so all below this shell ignore it. SIGURG, which processes ignore by themselves, stands for it:
-# torchrun (of PyTorch 2.10 or later) passes it on, and the ranks save and end.
+# SIGTERM would also end helpers of the ranks, such as the one that Megatron keeps for checkpoints
+# from the first one on. So only this shell takes it, once; torchrun (of PyTorch 2.10 or later)
+# passes SIGURG on, which processes ignore by themselves, and the ranks save and end.
 (trap '' TERM && exec "${command[@]}") &
 job=$!
-trap 'kill -URG "$job" || true' TERM
+trap 'trap "" TERM && kill -URG "$job" || true' TERM
 status=0
 wait "$job" || status=$?
 # A trapped signal ends `wait` early.

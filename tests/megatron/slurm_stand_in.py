@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Stands in for srun, scancel and scontrol on one machine; which one, its file's name says.
 
-srun starts its command once for each "node", all of them here. scancel sends a signal to every
-process below srun, as Slurm does to a step. scontrol notes what is requeued. What they share lies
+srun starts its command once for each "node", all of them here. scancel sends a signal to each of
+these and its process group, twice, as when Slurm does so by itself as well; what is below, Slurm's
+tracking by cgroups reaches with SIGKILL only. scontrol notes what is requeued. What they share lies
 in the folder that SLURM_STAND_IN names. What real Slurm does besides (limits, preemption, --wait,
 containers) is not here.
 """
@@ -12,9 +13,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-
-import psutil
 
 FOLDER = Path(os.environ["SLURM_STAND_IN"])
 
@@ -22,20 +22,22 @@ FOLDER = Path(os.environ["SLURM_STAND_IN"])
 def srun(words: list[str]) -> int:
     while words[0].startswith("-"):
         words.pop(0)
-    (FOLDER / "srun.pid").write_text(str(os.getpid()))
     tasks = [
-        subprocess.Popen(words, env={**os.environ, "SLURM_PROCID": str(rank)})
+        subprocess.Popen(
+            words, env={**os.environ, "SLURM_PROCID": str(rank)}, start_new_session=True
+        )
         for rank in range(int(os.environ["SLURM_JOB_NUM_NODES"]))
     ]
+    (FOLDER / "tasks").write_text(" ".join(str(task.pid) for task in tasks))
     return max(abs(task.wait()) for task in tasks)
 
 
 def scancel(words: list[str]) -> int:
     assert words == ["--signal=TERM", os.environ["SLURM_JOB_ID"]]
-    step = psutil.Process(int((FOLDER / "srun.pid").read_text()))
-    for process in step.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGTERM)
+    for group in (FOLDER / "tasks").read_text().split() * 2:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(group), signal.SIGTERM)
+        time.sleep(0.1)
     return 0
 
 
