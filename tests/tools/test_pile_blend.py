@@ -49,6 +49,10 @@ def _read(value: str) -> dict[str, float]:
 def test_blend_is_what_megatron_reads(
     pile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for end in (".idx", ".bin"):  # another name that ends alike
+        shutil.copy(
+            f"{pile}/pile-00_ArXiv_text_document{end}", f"{pile}/NotArXiv_text_document{end}"
+        )
     main([str(pile)])
     printed = capsys.readouterr()
     found = _read(printed.out)

@@ -201,14 +201,17 @@ def test_main_second_run_with_the_same_prefix_is_refused(
         with (tmp_path / "out" / "c.partial" / "lock").open("w") as lock:
             fcntl.lockf(lock, fcntl.LOCK_EX)
             done.send(0)
-            done.recv()
+            done.poll(60)
 
     holder = multiprocessing.get_context("fork").Process(target=hold)
     holder.start()
     ready.recv()
-    assert "c.partial: another run is writing there" in failure(main, *begun, "--skip-bad-lines")
-    ready.send(0)
-    holder.join()
+    try:
+        message = failure(main, *begun, "--skip-bad-lines")
+    finally:
+        ready.send(0)
+        holder.join()
+    assert "c.partial: another run is writing there" in message
     main([*map(str, begun), "--skip-bad-lines"])
 
 
