@@ -164,7 +164,9 @@ def test_compare_lays_out_and_draws(tmp_path: Path, capsys: pytest.CaptureFixtur
 
     few = {"piqa": {"acc": 0.5}}
     files = [
-        _evaluation(tmp_path / "ce", 12.5, {"0": scores(0), "10": few, "5": few}),
+        _evaluation(
+            tmp_path / "ce", 12.5, {"0": {**scores(0), "more": {"acc": 0.9}}, "10": few, "5": few}
+        ),
         _evaluation(tmp_path / "mile", None, {"0": {**scores(0.02), "extra": {"acc": 1}}}),
     ]
     picture = tmp_path / "out.png"
@@ -176,6 +178,7 @@ def test_compare_lays_out_and_draws(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert rows["0-shot, piqa (%)"] == ["60.00 ± 1.00", "62.00 ± 1.00"]
     assert rows["0-shot, webqs (%)"] == ["5.00 ± 0.20", "7.00 ± 0.20"]
     assert rows["0-shot, average (%)"] == ["32.50", "34.50"]
+    assert rows["0-shot, more (%)"] == ["90.00", "-"]
     assert rows["0-shot, extra (%)"] == ["-", "100.00"]
     order = [name for name in rows if "piqa" in name]
     assert order == [f"{shots}-shot, piqa (%)" for shots in (0, 5, 10)]
