@@ -144,6 +144,8 @@ def test_slurm_job_saves_requeues_and_resumes(slurm: dict[str, str], tmp_path: P
         wait_for(f"iteration        4/{STEPS:8}", log, first)
         first.send_signal(signal.SIGUSR1)
         first.wait(PATIENCE_S)
+    # The ranks ended by themselves, and before the job did.
+    assert "[exiting program after receiving" in log.read_text()
     assert requeued.read_text() == f"requeue {slurm['SLURM_JOB_ID']}", log.read_text()[-3000:]
     saved = int((tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text())
     assert 4 <= saved < STEPS
