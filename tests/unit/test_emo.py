@@ -257,6 +257,15 @@ def test_cost_rows_keep_their_values_when_the_source_changes() -> None:
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_cost_rows_too_small_to_square_count_as_zeros(dtype: torch.dtype) -> None:
+    rows = torch.randn(9, 3, dtype=torch.float64)
+    rows[3:5] *= 1e-180 if dtype == torch.float64 else 1e-25
+    unit = CostRows(rows.to(dtype)).unit
+    assert not unit[3:5].any()
+    assert (unit[[0, 8]].double().norm(dim=-1) - 1).abs().max() < 1e-2
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
