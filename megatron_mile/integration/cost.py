@@ -110,6 +110,10 @@ class RowsAhead:
         self.fetched = None
         if self.labels is None or not (is_training(model) and getattr(model, "post_process", True)):
             return
+        layer = getattr(model, "output_layer", None)
+        # A hook may bring the layer its weight (--overlap-param-gather): until then it is old.
+        if self.cost is None and (layer is None or layer._forward_pre_hooks):
+            return
         self.version = self.labels._version
         self.fetched = self._fetch(model, self.labels)
 
@@ -118,7 +122,7 @@ class RowsAhead:
         return cost.fetch(labels.transpose(0, 1), tp_group(model))
 
     def take(self, model: Any, labels: torch.Tensor) -> TargetCosts:
-        """Return the rows of these labels [b, s], fetched now if the step began with others."""
+        """Return the rows of these labels [b, s], fetched now if the step did not begin with it."""
         fetched, self.fetched = self.fetched, None
         if fetched is None or labels is not self.labels or labels._version != self.version:
             return self._fetch(model, labels)
