@@ -94,6 +94,15 @@ def test_token_loss_takes_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         _assert_close(_run(logits, targets, EMO, CostRows(rows), inplace), truth, 1e-12)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_token_loss_takes_rows_of_another_dtype(inplace: bool) -> None:
+    logits, targets = hard_rows(127, torch.float32)
+    rows = hard_cost_rows(127, 24, torch.float64)
+    truth = emo_oracle(logits, targets, rows)
+    for cost in (CostRows(rows), CostRows(rows).tabulate()):
+        _assert_close(_run(logits, targets, EMO, cost, inplace), truth, 2e-6)
+
+
 def dense_emo(
     logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, mode: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
