@@ -24,13 +24,19 @@ def output_rows(model: Any) -> CostRows:
     """Return the rows of this rank's output layer, tied or not, as they are now.
 
     Raises:
-        MileError: The model has no weight [V/tp, h] of its own there.
+        MileError: The model has no weight [V/tp, h] of its own there, or FSDP shards it.
     """
     layer = getattr(model, "output_layer", None)
     weight: Any = getattr(layer, "weight", None)
     if weight is None and getattr(model, "share_embeddings_and_output_weights", False):
         weight = model.shared_embedding_or_output_weight()
-    # A weight that is sharded once more (FSDP, GTP), or is somebody else's, has other rows.
+    # FSDP's weights, torch's DTensors and Megatron's, are whole only while their layer runs.
+    if hasattr(weight, "full_tensor") or hasattr(weight, "__fsdp_param__"):
+        raise MileError(
+            f"FSDP owns the weight of the output layer of {type(model).__name__}, which "
+            f"{COST_FLAG} output-layer reads; give {COST_FLAG} a fixed matrix"
+        )
+    # A weight that is sharded once more (GTP), or is somebody else's, has other rows.
     shape = () if weight is None else tuple(weight.shape)
     expected = model.vocab_size // tp_group(model).size()
     if len(shape) != 2 or shape[0] != expected:

@@ -210,6 +210,10 @@ def check_emo_refuses_what_it_cannot_do() -> None:
     for weight in (None, torch.nn.Parameter(torch.ones(V // 4, 3))):
         model.output_layer.weight = weight
         raises(MileError, f"expected {V // 2} rows for --mile-emo-cost", output_rows, model)
+    weight = torch.nn.Parameter(torch.ones(V // 2, 3))
+    weight.__fsdp_param__ = True
+    model.output_layer.weight = weight
+    raises(MileError, "FSDP owns the weight of the output layer of GPTModel", output_rows, model)
 
 
 def check_sequence_parallel_changes_nothing() -> None:
