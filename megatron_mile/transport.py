@@ -35,8 +35,8 @@ SPENT = (
 class CostRows:
     """This shard's rows of EMO's cost matrix, c_k = 1 - cos(e_k, e_y), made unit length once.
 
-    A row of zeros (padding) is at distance 1 from every other. The rows are copied and never get a
-    gradient; products of them run in their dtype.
+    A row of zeros (padding), or of a norm whose square underflows, is at distance 1 from every
+    other. The rows are copied and never get a gradient; products of them run in their dtype.
 
     Raises:
         ValueError: The rows are no floating matrix.
@@ -57,7 +57,8 @@ class CostRows:
         norms = torch.linalg.vector_norm(
             rows, dim=1, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32)
         )
-        norms.clamp_(min=torch.finfo(norms.dtype).tiny)
+        # Squares of smaller numbers vanish, so that such a row would not become unit length.
+        norms.masked_fill_(norms < torch.finfo(norms.dtype).tiny ** 0.5, torch.inf)
         self.unit = torch.div(rows, norms, out=torch.empty_like(rows))
         self.table: torch.Tensor | None = None
         """Cosines of every token of the vocabulary to this shard's, [V, V/tp], if there is room."""

@@ -24,13 +24,19 @@ def output_rows(model: Any) -> CostRows:
     """Return the rows of this rank's output layer, tied or not, as they are now.
 
     Raises:
-        MileError: The model has no weight [V/tp, h] of its own there.
+        MileError: The model has no weight [V/tp, h] of its own there, or FSDP shards it.
     """
     layer = getattr(model, "output_layer", None)
     weight: Any = getattr(layer, "weight", None)
     if weight is None and getattr(model, "share_embeddings_and_output_weights", False):
         weight = model.shared_embedding_or_output_weight()
-    # A weight that is sharded once more (FSDP, GTP), or is somebody else's, has other rows.
+    # FSDP's weights, torch's DTensors and Megatron's, are whole only while their layer runs.
+    if hasattr(weight, "full_tensor") or hasattr(weight, "__fsdp_param__"):
+        raise MileError(
+            f"FSDP owns the weight of the output layer of {type(model).__name__}, which "
+            f"{COST_FLAG} output-layer reads; give {COST_FLAG} a fixed matrix"
+        )
+    # A weight that is sharded once more (GTP), or is somebody else's, has other rows.
     shape = () if weight is None else tuple(weight.shape)
     expected = model.vocab_size // tp_group(model).size()
     if len(shape) != 2 or shape[0] != expected:
@@ -110,6 +116,10 @@ class RowsAhead:
         self.fetched = None
         if self.labels is None or not (is_training(model) and getattr(model, "post_process", True)):
             return
+        layer = getattr(model, "output_layer", None)
+        # A hook may bring the layer its weight (--overlap-param-gather): until then it is old.
+        if self.cost is None and (layer is None or layer._forward_pre_hooks):
+            return
         self.version = self.labels._version
         self.fetched = self._fetch(model, self.labels)
 
@@ -118,7 +128,7 @@ class RowsAhead:
         return cost.fetch(labels.transpose(0, 1), tp_group(model))
 
     def take(self, model: Any, labels: torch.Tensor) -> TargetCosts:
-        """Return the rows of these labels [b, s], fetched now if the step began with others."""
+        """Return the rows of these labels [b, s], fetched now if the step did not begin with it."""
         fetched, self.fetched = self.fetched, None
         if fetched is None or labels is not self.labels or labels._version != self.version:
             return self._fetch(model, labels)

@@ -94,6 +94,7 @@ def attach(
                 "language model such as GPTModel"
             )
         check_vocab_size(module, vocab_size)
+        stop_fetching(module)
         if getattr(module, "post_process", True):
             restore_output_layers(module)
             if fused_linear:

@@ -151,7 +151,7 @@ def check_attached_emo_fetches_rows_ahead_of_the_logits() -> None:
     expected = gradients(model)
     uninstall()
     events: list[str] = []
-    model.output_layer.register_forward_pre_hook(lambda *_: events.append("logits"))
+    model.output_layer.register_forward_hook(lambda *_: events.append("logits"))
     fetch = CostRows.fetch
 
     def recorded(*args: Any) -> Any:
@@ -171,10 +171,31 @@ def check_attached_emo_fetches_rows_ahead_of_the_logits() -> None:
         forward(model, labels)
         ahead.take(model, labels.clone())
         assert events[4:] == ["rows", "logits", "rows"]
+        attach(model, MILE)  # another objective: no row is fetched any more
+        forward(model, labels)
+        assert events[7:] == ["logits"]
     uninstall()
     assert torch.equal(total, plain)
     for name, grad in gradients(model).items():
         assert torch.equal(grad, expected[name]), name
+
+
+def check_emo_takes_the_weight_that_a_hook_brings() -> None:
+    """As DDP's with --overlap-param-gather, whose weights are whole when their layer runs."""
+    model, emo = build_model(), ObjectiveConfig("emo", emo_mode="alone")
+    expected, _ = train(model, emo)
+    weight = model.output_layer.weight
+    whole = weight.detach().clone()
+    weight.data.zero_()
+
+    def bring(*_: Any) -> None:
+        weight.data.copy_(whole)
+
+    model.output_layer.register_forward_pre_hook(bring)
+    uninstall()
+    attach(model, emo)
+    output, loss_func = wrap_forward_step(forward_step, emo)(None, model)
+    assert torch.equal(loss_func(output)[0].detach(), expected)
 
 
 def check_emo_refuses_what_it_cannot_do() -> None:
@@ -189,6 +210,10 @@ def check_emo_refuses_what_it_cannot_do() -> None:
     for weight in (None, torch.nn.Parameter(torch.ones(V // 4, 3))):
         model.output_layer.weight = weight
         raises(MileError, f"expected {V // 2} rows for --mile-emo-cost", output_rows, model)
+    weight = torch.nn.Parameter(torch.ones(V // 2, 3))
+    weight.__fsdp_param__ = True
+    model.output_layer.weight = weight
+    raises(MileError, "FSDP owns the weight of the output layer of GPTModel", output_rows, model)
 
 
 def check_sequence_parallel_changes_nothing() -> None:

@@ -21,9 +21,9 @@ OTHER = torch.zeros(50, 4)
 
 def _checkpoint(folder: Path) -> Path:
     state = {
+        "optimizer.state.exp_avg.output_layer.weight": OTHER,
         "output_layer.weight": MATRIX,
         "embedding.word_embeddings.weight": OTHER,
-        "optimizer.state.exp_avg.output_layer.weight": OTHER,
     }
     iteration = folder / "iter_0000007"
     dcp.save(state, checkpoint_id=iteration, no_dist=True)

@@ -94,6 +94,15 @@ def test_token_loss_takes_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         _assert_close(_run(logits, targets, EMO, CostRows(rows), inplace), truth, 1e-12)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_token_loss_takes_rows_of_another_dtype(inplace: bool) -> None:
+    logits, targets = hard_rows(127, torch.float32)
+    rows = hard_cost_rows(127, 24, torch.float64)
+    truth = emo_oracle(logits, targets, rows)
+    for cost in (CostRows(rows), CostRows(rows).tabulate()):
+        _assert_close(_run(logits, targets, EMO, cost, inplace), truth, 2e-6)
+
+
 def dense_emo(
     logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, mode: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,6 +264,15 @@ def test_cost_rows_keep_their_values_when_the_source_changes() -> None:
     rows.zero_()
     for ours, expected in zip(_run(logits, targets, EMO, cost), before, strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_cost_rows_too_small_to_square_count_as_zeros(dtype: torch.dtype) -> None:
+    rows = torch.randn(9, 3, dtype=torch.float64)
+    rows[3:5] *= 1e-180 if dtype == torch.float64 else 1e-25
+    unit = CostRows(rows.to(dtype)).unit
+    assert not unit[3:5].any()
+    assert (unit[[0, 8]].double().norm(dim=-1) - 1).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize(
