@@ -55,3 +55,14 @@ def test_run_refuses_two_workloads(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run.main(["--cost-width", "8", "--hidden", "8"])
     assert "--cost-width is 8 and --hidden 8; expected one of them" in capsys.readouterr().err
+
+
+def test_a_gradient_of_zeros_or_of_the_other_sign_is_no_right_one() -> None:
+    case = Case("bf16", 37, 514, 1, 1, "cpu", 0, 24)
+    inputs = make_inputs(case, 0, torch.device("cpu"))
+    loss, gradient = torch.zeros(37), torch.zeros_like(inputs.leaves["logits"])
+    assert inputs.errors("emo", loss, (gradient,))[1] > case.tolerances[1]
+    truth = inputs.truths["emo"]["logits"]
+    gradient[inputs.checked["logits"]] = -truth.to(gradient.dtype)
+    limit = EMO_LOSSES["dense-emo"].slack * case.tolerances[1]
+    assert inputs.errors("emo", loss, (gradient,))[1] > limit

@@ -16,8 +16,9 @@ TOLERANCES = {"fp32": (1e-5, 5e-5), "bf16": (1e-2, 1e-2)}
 # in bf16, where a logit between 8 and 16 is rounded by up to 2^-5, and its probability with it.
 LINEAR_TOLERANCES = {"fp32": (5e-5, 1e-4), "bf16": (5e-2, 1e-1)}
 # EMO with rows of 512: 1.1e-6 (dense) and 1.5e-4 (ours) in fp32, where two terms of a gradient
-# cancel; in bf16, where cosines are rounded by 2^-9, 0.13 of the gradient, and 1.1 the dense form.
-EMO_TOLERANCES = {"fp32": (1e-5, 5e-4), "bf16": (1e-2, 5.0)}
+# cancel; in bf16, where cosines are rounded by 2^-9, 0.13 of the gradient, and 1.1 the dense form,
+# which has slack. A gradient of zeros is off by 1, one of the other sign by 2.
+EMO_TOLERANCES = {"fp32": (1e-5, 5e-4), "bf16": (1e-2, 0.4)}
 GAMMA = SIGMA = 1.0
 
 

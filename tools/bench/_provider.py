@@ -23,6 +23,8 @@ class Provider(NamedTuple):
     """Imports what it needs; returns the loss, and how it runs ("" if there is but one way)."""
     obstacle: Callable[[Case], str]
     """Why it cannot run in this case, "" if it can."""
+    slack: float = 1.0
+    """Times the case's tolerances that it may be off: of forms that compute in the case's dtype."""
 
 
 def needs(

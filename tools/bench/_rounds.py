@@ -135,7 +135,9 @@ def _check(
     result: dict[str, Any] = {"status": f"timed ({how})" if how else "timed"}
     if provider.objective != "none":
         errors = _largest(inputs.errors(provider.objective, value, gradients), inputs)
-        result |= _judge(case, dict(zip(("loss", *inputs.leaves), errors, strict=True)))
+        result |= _judge(
+            case, dict(zip(("loss", *inputs.leaves), errors, strict=True)), provider.slack
+        )
     del value, gradients
     if result["status"].startswith("failed"):
         return result, None
@@ -146,12 +148,12 @@ def _check(
     return result, call
 
 
-def _judge(case: Case, errors: dict[str, float]) -> dict[str, Any]:
+def _judge(case: Case, errors: dict[str, float], slack: float) -> dict[str, Any]:
     """Return the columns of the errors, and a status if one is too large."""
     loss, *gradients = errors.values()
     columns: dict[str, Any] = {"loss_error": loss, "gradient_error": np.max(gradients)}
     for name, off in errors.items():
-        limit = case.tolerances[name != "loss"]
+        limit = slack * case.tolerances[name != "loss"]
         if not off <= limit:  # NaN too
             what = "loss" if name == "loss" else f"d({name})"
             return columns | {"status": f"failed: {what} error {off:.1e} above {limit:.0e}"}
