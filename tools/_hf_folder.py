@@ -162,7 +162,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """Load a tokenizer with transformers, from files only.
+    """Load a tokenizer with transformers, from files only, without code of the folder.
 
     Raises:
         ToolError: transformers cannot.
@@ -170,6 +170,8 @@ def read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # each tokenizer library has errors of its own
         raise ToolError(f"{folder}: no tokenizer that transformers reads ({error})") from error

@@ -186,13 +186,15 @@ class Evil:
         return os.mkdir, (str(self.mark),)
 
 
-def test_no_other_class_is_unpickled(folder: Path, tmp_path: Path) -> None:
+# An object of the model, and one in the place of a weight.
+@pytest.mark.parametrize("key", ["_extra_state/shard_0_1", "weight"])
+def test_no_other_class_is_unpickled(key: str, folder: Path, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     good = checkpoint_folder(convert("megatron", folder, tmp_path / "good"))
     (good / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
     with pytest.raises(ToolError, match=r"\.mkdir"):
         Checkpoint(good)
-    objects = {COMMON: Evil(mark), "decoder.final_layernorm._extra_state/shard_0_1": Evil(mark)}
+    objects = {COMMON: Evil(mark), f"decoder.final_layernorm.{key}": Evil(mark)}
     write_checkpoint(tmp_path / "bad", {}, torch.float32, torch.ones, objects)
     bad = Checkpoint(tmp_path / "bad")
     for read in (bad.common, bad.check_objects):
