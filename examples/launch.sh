@@ -56,6 +56,10 @@ while (($#)); do
 done
 [[ $objective ]] || fail "--mile-objective: expected a name, such as mile"
 
+for variable in TP PP CP MICRO_BATCH GPUS_PER_NODE NNODES; do
+    [[ ${!variable:-1} =~ ^[1-9][0-9]*$ ]] ||
+        fail "$variable=${!variable}: expected a whole number from 1"
+done
 tp=${TP:-1} pp=${PP:-1} cp=${CP:-1}
 parallel=(
     --tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp"
@@ -75,7 +79,7 @@ esac
 
 if [[ ${DATA_PATH:-} ]]; then
     [[ ${TOKENIZER_MODEL:-} ]] || fail "DATA_PATH is set; set TOKENIZER_MODEL too, as it was made"
-    read -ra blend <<<"$DATA_PATH"
+    read -rd '' -a blend <<<"$DATA_PATH" || true  # false at the end of the text
     data=(--data-path "${blend[@]}" --split "${SPLIT:-989,10,1}")
     data+=(--tokenizer-type "${TOKENIZER_TYPE:-Llama2Tokenizer}")
     data+=(--tokenizer-model "$TOKENIZER_MODEL")

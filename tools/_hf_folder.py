@@ -162,14 +162,20 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """Load a tokenizer with transformers, from files only.
+    """Load a tokenizer with transformers, from files only, without code of the folder.
 
     Raises:
-        ToolError: transformers cannot.
+        ToolError: transformers cannot, or would by other rules than sentencepiece's.
     """
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        # transformers 5 then leaves out the space before a text, whatever config.json says.
+        raise ToolError(
+            f"{folder}: tokenizer.model without tokenizer_config.json, which would give other "
+            'tokens; for LLaMA\'s put {"tokenizer_class": "LlamaTokenizer"} there'
+        )
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each tokenizer library has errors of its own
         raise ToolError(f"{folder}: no tokenizer that transformers reads ({error})") from error

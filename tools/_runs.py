@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 NAMES = {"ce": "cross-entropy", "mile": "MiLe Loss", "focal": "Focal Loss"}
 RECORD = "run_record.json"
 # Flags that differ between runs whatever they are.
-_PLACES = ("--save", "--load", "--tensorboard-dir")
+_PLACES = ("--save", "--load", "--tensorboard-dir", "--data-cache-path")
 PERPLEXITIES = ("ppl", "ppl_high", "ppl_medium", "ppl_low")
 
 

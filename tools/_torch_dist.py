@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 # Written last, so that a folder with it is whole; Megatron looks for it too.
 LAST_FILE = "metadata.json"
 EXTRA_STATE = "._extra_state/"
+# Objects of the run, which no model asks for.
+_OF_THE_RUN = ("optimizer.", "chained_", "rng_state/", "rerun_state_machine_state/")
 COMMON, _COMMON_BEFORE_0_19 = "common_state/shard_0_1", "common.pt"
 _DCP = "torch.distributed.checkpoint"
 _METADATA_CLASSES = {
@@ -114,13 +116,15 @@ class Checkpoint:
         return common
 
     def check_objects(self) -> None:
-        """Read the objects that a model has, so that Megatron may read them after this.
+        """Read what a model may ask for, so that Megatron may read it after this.
+
+        The name tells nothing: `.metadata` can call an object by the name of a weight.
 
         Raises:
-            ToolError: one of them asks for a class that is not safe.
+            ToolError: an object asks for a class that is not safe.
         """
         for key in self._objects:
-            if EXTRA_STATE in key:
+            if not key.startswith(_OF_THE_RUN):
                 self._read(key, None)
 
     def _read(self, key: str, target: Any) -> Any:

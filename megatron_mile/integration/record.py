@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from megatron_mile.integration.arguments import Namespace
+from megatron_mile.integration.data_files import check_pairs
 from megatron_mile.integration.errors import MileError
 
 RECORD = "run_record.json"
@@ -52,7 +53,7 @@ def data_on_all_ranks(args: Namespace) -> Any:
     """Let rank 0 look at the data, and return what it found, on all ranks.
 
     Raises:
-        MileError: A file cannot be read.
+        MileError: A file cannot be read, or `check_pairs` refuses the data.
     """
     found: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
@@ -60,6 +61,8 @@ def data_on_all_ranks(args: Namespace) -> Any:
             found[0] = data_of(args)
         except OSError as error:
             found[1] = f"{error.filename}: {error.strerror}; check --data-path"
+        except MileError as error:
+            found[1] = str(error)
     torch.distributed.broadcast_object_list(found, src=0)
     if found[1]:
         raise MileError(found[1])
@@ -75,11 +78,13 @@ def data_of(args: Namespace) -> dict[str, Any]:
 
     Raises:
         OSError: A file cannot be read.
+        MileError: `check_pairs` refuses it.
     """
     from megatron.training.utils import get_blend_and_blend_per_split
 
     blend, per_split = get_blend_and_blend_per_split(args)
     blends = [part for part in (per_split or [blend]) if part]
+    check_pairs([prefix for prefixes, _ in blends for prefix in prefixes if "://" not in prefix])
     return {"split": args.split, "blends": [list(_pairs(*part)) for part in blends]}
 
 

@@ -125,7 +125,7 @@ def test_launch_leaves_out_what_needs_a_gpu_in_cpu_mode() -> None:
 
 
 def test_launch_reads_a_blend_of_data() -> None:
-    words = command(SIZES[0], DATA_PATH="0.3 /d/a 0.7 /d/b", TOKENIZER_MODEL="/d/llama.model")
+    words = command(SIZES[0], DATA_PATH="0.3 /d/a\n0.7 /d/b", TOKENIZER_MODEL="/d/llama.model")
     start = words.index("--data-path")
     assert words[start : start + 6] == ["--data-path", "0.3", "/d/a", "0.7", "/d/b", "--split"]
     assert value(words, "--tokenizer-type") == "Llama2Tokenizer"
@@ -151,6 +151,9 @@ def test_launch_runs_the_script_of_a_checkout(tmp_path: Path) -> None:
     [
         ({"PRECISION": "fp8"}, "PRECISION=fp8: expected bf16 or fp32"),
         ({"DATA_PATH": "/d/a"}, "DATA_PATH is set; set TOKENIZER_MODEL too"),
+        # What is no number must not reach the shell's arithmetic, which would run a command in it.
+        ({"TP": "PATH[$(kill $$)]"}, "TP=PATH[$(kill $$)]: expected a whole number from 1"),
+        ({"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE=0: expected a whole number from 1"),
         ({"NNODES": "2"}, "NNODES=2: set MASTER_ADDR to the address of node 0"),
         ({"MEGATRON_LM_DIR": "/no"}, "no /no/pretrain_gpt.py; set MEGATRON_LM_DIR to"),
     ],

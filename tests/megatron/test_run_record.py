@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from training_runs import HERE, MILE, STOP, TP2, Run, TrainingRuns, mile_errors
 
+from megatron_mile.integration.data_files import check_pairs
+from megatron_mile.integration.errors import MileError
 from megatron_mile.integration.record import changed_data, fingerprint, git_state
 
 
@@ -47,6 +52,28 @@ def test_resume_adds_a_start_and_refuses_other_data(runs: TrainingRuns) -> None:
     runs.train(2, TP2, flags, again)
     assert [start["iteration"] for start in starts(half)] == [0, 6]
     runs.train(2, TP2, MILE, f"--load {half.checkpoint} --mile-allow-change")
+
+
+def test_short_bin_cut_idx_and_mixed_tokenizers_are_named(tmp_path: Path) -> None:
+    pairs = [str(tmp_path / name) for name in "ab"]
+    for prefix in pairs:
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+        for length in (3, 5):
+            builder.add_document(np.arange(length), [length])
+        builder.finalize(f"{prefix}.idx")
+    check_pairs(pairs)
+    one, two = (Path(f"{prefix}.info") for prefix in pairs)
+    one.write_text('{"tokenizer": "x"}')
+    check_pairs(pairs)
+    two.write_text('{"tokenizer": "y"}')
+    with pytest.raises(MileError, match=f"^{two}: made with another tokenizer than {one}"):
+        check_pairs(pairs)
+    os.truncate(f"{pairs[0]}.bin", 15)
+    with pytest.raises(MileError, match=f"^{pairs[0]}.bin: 15 bytes, but its .idx describes 16"):
+        check_pairs(pairs[:1])
+    os.truncate(f"{pairs[1]}.idx", 40)
+    with pytest.raises(MileError, match=f"^{pairs[1]}.idx: cut short"):
+        check_pairs(pairs[1:])
 
 
 def test_fingerprint_is_of_the_whole_file_or_of_64_blocks(tmp_path: Path) -> None:

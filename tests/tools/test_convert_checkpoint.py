@@ -186,13 +186,25 @@ class Evil:
         return os.mkdir, (str(self.mark),)
 
 
-def test_no_other_class_is_unpickled(folder: Path, tmp_path: Path) -> None:
+def test_a_bare_sentencepiece_model_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = convert("megatron", folder, tmp_path / "there")
+    (tmp_path / "tokenizer.model").touch()
+    words = ("hf", there, tmp_path / "out", "--tokenizer-model", str(tmp_path))
+    assert "without tokenizer_config.json" in refused(capsys, *words)
+    assert not (tmp_path / "out").exists()
+
+
+# An object of the model, and one in the place of a weight.
+@pytest.mark.parametrize("key", ["_extra_state/shard_0_1", "weight"])
+def test_no_other_class_is_unpickled(key: str, folder: Path, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     good = checkpoint_folder(convert("megatron", folder, tmp_path / "good"))
     (good / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
     with pytest.raises(ToolError, match=r"\.mkdir"):
         Checkpoint(good)
-    objects = {COMMON: Evil(mark), "decoder.final_layernorm._extra_state/shard_0_1": Evil(mark)}
+    objects = {COMMON: Evil(mark), f"decoder.final_layernorm.{key}": Evil(mark)}
     write_checkpoint(tmp_path / "bad", {}, torch.float32, torch.ones, objects)
     bad = Checkpoint(tmp_path / "bad")
     for read in (bad.common, bad.check_objects):

@@ -141,7 +141,7 @@ def test_plot_runs_prints_what_differs(tmp_path: Path, capsys: pytest.CaptureFix
     runs = [_write_run(tmp_path / name, [2.0, 1.0]) for name in ("one", "two", "three")]
     _record(runs[0], "--lr 1 --betas 0.9 0.95 --save a --swiglu")
     data = {"split": None, "blends": [[{"prefix": "moved/x", "bin": "9:0123456780"}]]}
-    _record(runs[1], "--lr=2 --betas 0.9 0.99 --save b", git=None, data=data)
+    _record(runs[1], "--lr=2 --betas 0.9 0.99 --save b --data-cache-path c", git=None, data=data)
     plot_runs.main([*map(str, runs), "--output", str(tmp_path / "runs.png")])
     assert capsys.readouterr().out.splitlines()[1:] == [
         "differs     one           two",

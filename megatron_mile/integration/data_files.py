@@ -1,0 +1,69 @@
+"""Refuses data files that training would read wrongly, late or without a word."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+
+from megatron_mile.integration.errors import MileError
+
+# Head of .idx: magic, version, code of the token type, sequences, documents + 1. Behind it come
+# the length of each sequence, i32, and then the offset of each in the .bin, i64.
+_MAGIC, _INDEX = b"MMIDIDX\0\0", struct.Struct("<9sQBQQ")
+_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+
+
+def check_pairs(prefixes: list[str]) -> None:
+    """Refuse what training would only notice late, or never.
+
+    Args:
+        prefixes: paths of the pairs without suffix.
+
+    Raises:
+        OSError: A file cannot be read.
+        MileError: A .bin is shorter than its .idx says, or pairs have different tokenizers.
+    """
+    first: dict[str, str] = {}
+    for prefix in prefixes:
+        held, said = os.path.getsize(f"{prefix}.bin"), _tokens_end(f"{prefix}.idx")
+        if said is not None and held < said:
+            raise MileError(
+                f"{prefix}.bin: {held} bytes, but its .idx describes {said}; preprocess it again"
+            )
+        try:
+            with open(f"{prefix}.info", encoding="utf-8") as file:
+                first.setdefault(json.load(file)["tokenizer"], f"{prefix}.info")
+        except FileNotFoundError:  # made by Megatron's own tool
+            continue
+        except (ValueError, KeyError, TypeError) as error:
+            raise MileError(f"{prefix}.info: damaged ({error!r}); preprocess it again") from error
+        if len(first) > 1:
+            one, other = first.values()
+            raise MileError(
+                f"{other}: made with another tokenizer than {one}; preprocess one of them again"
+            )
+
+
+def _tokens_end(path: str) -> int | None:
+    """Bytes of the .bin that an .idx describes; None for an index of another kind.
+
+    Raises:
+        OSError: It cannot be read.
+        MileError: It is cut short.
+    """
+    with open(path, "rb") as file:
+        head = file.read(_INDEX.size)
+        if not head.startswith(_MAGIC):
+            return None
+        try:
+            _, _, kind, sequences, _ = _INDEX.unpack(head)
+            if not sequences:
+                return 0
+            file.seek(_INDEX.size + 4 * (sequences - 1))
+            (length,) = struct.unpack("<i", file.read(4))
+            file.seek(_INDEX.size + 4 * sequences + 8 * (sequences - 1))
+            (start,) = struct.unpack("<q", file.read(8))
+        except struct.error as error:
+            raise MileError(f"{path}: cut short; preprocess the data again") from error
+    return start + length * _TOKEN_BYTES[kind] if kind in _TOKEN_BYTES else None
