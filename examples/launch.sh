@@ -12,7 +12,8 @@
 #
 # Environment variables (default):
 #   OBJECTIVE        the same as --mile-objective
-#   DATA_PATH        prefixes of .bin/.idx pairs, or WEIGHT PREFIX ...  (mock data)
+#   DATA_PATH        prefixes of .bin/.idx pairs, or WEIGHT PREFIX ...
+#                    (mock data, unless a flag such as --data-args-path names data)
 #   SPLIT            train, validation, test shares of the data         (989,10,1)
 #   TOKENIZER_MODEL  file or folder; needed with DATA_PATH
 #   TOKENIZER_TYPE   Llama2Tokenizer (SentencePiece), HuggingFaceTokenizer, ... (Llama2Tokenizer)
@@ -42,7 +43,7 @@ fail() {
 [[ ${1:---help} != -* ]] || set -- "" --help
 name=$1
 shift
-objective=${OBJECTIVE:-mile} cpu='' dry_run='' flags=()
+objective=${OBJECTIVE:-mile} cpu='' dry_run='' data_flag='' flags=()
 while (($#)); do
     case $1 in
         -h | --help) usage && exit ;;
@@ -50,6 +51,9 @@ while (($#)); do
         --mile-objective) set -- "$1=${2:-}" "${@:3}" && continue ;;
         --mile-objective=*) objective=${1#*=} ;;
         --mile-cpu) cpu=yes flags+=("$1") ;;
+        --data-path | --data-path=* | --data-args-path | --data-args-path=*)
+            data_flag=whole flags+=("$1") ;;
+        --per-split-data-args-path*) data_flag=split flags+=("$1") ;;
         *) flags+=("$1") ;;
     esac
     shift
@@ -83,6 +87,9 @@ if [[ ${DATA_PATH:-} ]]; then
     data=(--data-path "${blend[@]}" --split "${SPLIT:-989,10,1}")
     data+=(--tokenizer-type "${TOKENIZER_TYPE:-Llama2Tokenizer}")
     data+=(--tokenizer-model "$TOKENIZER_MODEL")
+elif [[ $data_flag ]]; then
+    data=()
+    [[ $data_flag == split ]] || data=(--split "${SPLIT:-989,10,1}")
 else
     data=(--mock-data --tokenizer-type NullTokenizer)
 fi

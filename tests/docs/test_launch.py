@@ -130,6 +130,9 @@ def test_launch_reads_a_blend_of_data() -> None:
     assert words[start : start + 6] == ["--data-path", "0.3", "/d/a", "0.7", "/d/b", "--split"]
     assert value(words, "--tokenizer-type") == "Llama2Tokenizer"
     assert "--mock-data" not in words
+    # Megatron would take the mock data and not say so.
+    words = command(SIZES[0], "--data-args-path", "blend.txt")
+    assert not {"--mock-data", "NullTokenizer"} & set(words)
 
 
 def test_launch_joins_several_nodes() -> None:
