@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -140,7 +141,12 @@ class Checkpoint:
             yield
         except (Exception, CheckpointException) as error:
             cause = cause_of(error)
-            raise ToolError(f"{self.folder}: cannot be read ({cause or repr(cause)})") from error
+            reason = str(cause) or repr(cause)
+            # torch's own text goes on with the advice to read the object without this guard.
+            asked = re.search(r"GLOBAL (\S+)", reason)
+            if isinstance(cause, pickle.UnpicklingError) and asked:
+                reason = f"it asks for {asked[1]}"
+            raise ToolError(f"{self.folder}: cannot be read ({reason})") from error
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -155,7 +155,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help=f"examples in the prompt (default: {' '.join(map(str, PAPER_SHOTS))})",
     )
-    add("--task-folder", type=Path, help="folder with more task definitions (YAML)")
+    add(
+        "--task-folder",
+        type=Path,
+        help="folder with more task definitions (YAML, which may run Python)",
+    )
     add = parser.add_argument_group("comparison").add_argument
     add(
         "--compare", nargs="+", type=Path, metavar="JSON", help="evaluations, named by their folder"
