@@ -61,9 +61,7 @@ def _read(path: Path) -> dict[str, Any]:
 def shots_of(evaluations: Sequence[Evaluation]) -> list[str]:
     """List the numbers of shots that any evaluation has, smallest first."""
     found = {number for one in evaluations for number in _all_scores(one)}
-    return sorted(
-        found,
-    )
+    return sorted(found, key=int)
 
 
 def _all_scores(evaluation: Evaluation) -> dict[str, Any]:

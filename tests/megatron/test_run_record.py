@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from training_runs import HERE, MILE, STOP, TP2, Run, TrainingRuns, mile_errors
 
 from megatron_mile.integration.data_files import check_pairs
@@ -55,6 +54,9 @@ def test_resume_adds_a_start_and_refuses_other_data(runs: TrainingRuns) -> None:
 
 
 def test_short_bin_cut_idx_and_mixed_tokenizers_are_named(tmp_path: Path) -> None:
+    # Here, because this file is collected where a Megatron is broken on purpose, too.
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
     pairs = [str(tmp_path / name) for name in "ab"]
     for prefix in pairs:
         builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
