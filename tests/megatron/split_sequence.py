@@ -1,7 +1,8 @@
 """Sequences split over two context-parallel ranks, against float64 of the whole.
 
-A script of test_modes.py, through Megatron's own schedule, DDP and gradient finalisation. The model
-is a HybridModel of MLPs, which needs no attention across the ranks.
+A script of test_modes.py: the loss that leaves the loss function, and a whole step through
+Megatron's own schedule, DDP and gradient finalisation. The model is a HybridModel of MLPs, which
+needs no attention across the ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_mile import attach, wrap_forward_step
 
-SAME = 5e-7  # measured 6.1e-8; 3.9e-4 and more with a normaliser of each rank's own
+SAME = 1e-6  # measured 4.7e-7; 3.9e-4 and more with a normaliser of each rank's own
 PARTS = 2
 _POSITIONS = torch.arange(S)
 # Which tokens count, of the two micro-batches; S/2 of each sequence on either rank.
@@ -48,37 +49,80 @@ def step(masks: Any, model: Any) -> Any:
     return output, functools.partial(host_loss, mine(next(masks)))
 
 
-def truth(model: Any, masks: list[torch.Tensor], per_token: bool) -> tuple[torch.Tensor, ...]:
-    """Sums of alpha w nll of each micro-batch, and the gradient of the output weights, in fp64.
+class Truth:
+    """The unsplit micro-batches in fp64: what a context-parallel size of 1 gives."""
 
-    With a loss per token the gradient is that of the unsplit batch. Without, Megatron takes the
-    mean of the ranks' means, which is that of the unsplit batch only if all hold equally many.
+    def __init__(self, model: Any, masks: list[torch.Tensor]) -> None:
+        """Weight every micro-batch by its own alpha, formed over the whole sequences."""
+        hidden: list[torch.Tensor] = []
+        handle = model.decoder.final_norm.register_forward_hook(
+            lambda _, args, out: hidden.append(out.detach().double())
+        )
+        tokens, labels = batch()
+        logits = model(tokens, None, None).detach()
+        handle.remove()
+        self.tokens = helpers.oracle(logits, labels, "mile", MILE.gamma, MILE.sigma)
+        self.hidden, self.masks = hidden[0], masks
+        weights = [(mask * self.tokens.weight).sum() for mask in masks]
+        self.alphas = [
+            mask.sum() / total if total > 0 else torch.ones_like(total)
+            for mask, total in zip(masks, weights, strict=True)
+        ]
+
+    def sums(self) -> torch.Tensor:
+        """Sum of alpha w nll of each micro-batch."""
+        pairs = zip(self.alphas, self.masks, strict=True)
+        return torch.stack([(alpha * mask * self.tokens.loss).sum() for alpha, mask in pairs])
+
+    def gradient(self, shares: list[torch.Tensor]) -> torch.Tensor:
+        """Gradient of the output weights, where each token counts with these shares [b, s]."""
+        pairs = zip(self.alphas, shares, strict=True)
+        upstream = sum(alpha * share.double() for alpha, share in pairs).unsqueeze(-1)
+        return torch.einsum("bsv,sbh->vh", upstream * self.tokens.grad, self.hidden)
+
+
+def host_shares(masks: list[torch.Tensor], per_token: bool) -> list[torch.Tensor]:
+    """What the host's schedule makes of the loss sums.
+
+    With a loss per token it is that of the unsplit batch. Without, Megatron takes the mean of the
+    ranks' means, which is that of the unsplit batch only if all hold equally many tokens.
     """
-    hidden: list[torch.Tensor] = []
-    handle = model.decoder.final_norm.register_forward_hook(
-        lambda _, args, out: hidden.append(out.detach().double())
-    )
-    tokens, labels = batch()
-    logits = model(tokens, None, None).detach()
-    handle.remove()
-    whole = helpers.oracle(logits, labels, "mile", MILE.gamma, MILE.sigma)
-    sums, upstreams = [], []
-    for mask in masks:
-        weights = (mask * whole.weight).sum()
-        alpha = mask.sum() / weights if weights > 0 else 1.0
-        halves = mask.view(B, PARTS, -1).sum((0, 2)).clamp(min=1)
-        means = mask.view(B, PARTS, -1) / halves.view(1, PARTS, 1) / PARTS / len(masks)
-        share = mask / sum(m.sum() for m in masks) if per_token else means.reshape(B, S)
-        sums.append((alpha * mask * whole.loss).sum())
-        upstreams.append(alpha * share.double())
-    upstream = sum(upstreams).unsqueeze(-1) * whole.grad
-    return torch.stack(sums), torch.einsum("bsv,sbh->vh", upstream, hidden[0])
+    if per_token:
+        return [mask / sum(m.sum() for m in masks) for mask in masks]
+    parts = [mask.view(B, PARTS, -1) for mask in masks]
+    means = [part / part.sum((0, 2), keepdim=True).clamp(min=1) for part in parts]
+    return [mean.reshape(B, S) / PARTS / len(masks) for mean in means]
 
 
-def check(masks: list[torch.Tensor], per_token: bool) -> None:
-    """Compare one step over two micro-batches."""
+def check_loss(masks: list[torch.Tensor], per_token: bool) -> None:
+    """Compare what the loss functions hand to the host, and its gradient, with the unsplit batch.
+
+    That is (loss sum, number of tokens), which the ranks' hosts add up or divide as they do for
+    their own cross-entropy.
+    """
     model = build_hybrid("--", calculate_per_token_loss=per_token)
-    sums, gradient = truth(model, masks, per_token)
+    truth = Truth(model, masks)
+    attach(model, MILE)
+    forward_step, iterator = wrap_forward_step(step, MILE), iter(masks)
+    for mask, alpha, expected in zip(masks, truth.alphas, truth.sums(), strict=True):
+        output, loss_func = forward_step(iterator, model)
+        loss, count, report = loss_func(output)
+        loss.backward()
+        figures = torch.stack([loss.detach(), count, report["mile weight"][0]]).double()
+        dist.all_reduce(figures)
+        assert helpers.error(figures[0], expected) < SAME
+        assert figures[1] == mask.sum()
+        if mask.any():
+            assert helpers.error(figures[1] / figures[2], alpha) < SAME
+    gradient = model.output_layer.weight.grad
+    dist.all_reduce(gradient)
+    assert helpers.error(gradient, truth.gradient(masks)) < SAME
+
+
+def check_step(masks: list[torch.Tensor], per_token: bool) -> None:
+    """Compare one step over two micro-batches, through schedule, DDP and finalisation."""
+    model = build_hybrid("--", calculate_per_token_loss=per_token)
+    truth = Truth(model, masks)
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     model.config.finalize_model_grads_func = finalize_model_grads
     attach(ddp, MILE)
@@ -92,9 +136,10 @@ def check(masks: list[torch.Tensor], per_token: bool) -> None:
     )
     found = torch.stack([report["mile loss"] for report in reports])
     dist.all_reduce(found)
-    assert helpers.error(found[:, 0], sums) < SAME
+    assert helpers.error(found[:, 0], truth.sums()) < SAME
     assert torch.equal(found[:, 1], torch.stack([mask.sum() for mask in masks]))
-    assert helpers.error(model.output_layer.weight.main_grad, gradient) < SAME
+    expected = truth.gradient(host_shares(masks, per_token))
+    assert helpers.error(model.output_layer.weight.main_grad, expected) < SAME
 
 
 def main() -> None:
@@ -105,9 +150,10 @@ def main() -> None:
     model_parallel_cuda_manual_seed(1)
     for masks in MASKS.values():
         for per_token in (False, True):
-            check(masks, per_token)
-    model = build_hybrid("--")
-    plain, unsplit = (truth(model, MASKS["even"], kind)[1] for kind in (False, True))
+            check_loss(masks, per_token)
+            check_step(masks, per_token)
+    truth = Truth(build_hybrid("--"), MASKS["even"])
+    plain, unsplit = (truth.gradient(host_shares(truth.masks, kind)) for kind in (False, True))
     assert helpers.error(plain, unsplit) < 1e-14
     dist.destroy_process_group()
 
