@@ -74,8 +74,8 @@ def token_loss(
             columns, as Megatron does.
         cost: This shard's rows of the cost matrix, one for each column of the logits; for the
             objective emo and no other. With what `CostRows.fetch` returned for these targets the
-            exchange of rows has begun earlier. EMO keeps the cosines where the gradient will lie;
-            with `inplace` there is no such tensor, and the backward computes them once more.
+            exchange of rows has begun earlier. EMO keeps the products of rows where the gradient
+            will lie; with `inplace` there is no such tensor, and the backward makes them again.
 
     Raises:
         ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, the logits overlap
@@ -220,9 +220,9 @@ def _check_cost(
                 f"{tuple(targets.shape)}"
             )
         cost = cost.cost
-    if cost is not None and (len(cost.unit), cost.unit.device) != (logits.size(-1), logits.device):
+    if cost is not None and (len(cost.rows), cost.rows.device) != (logits.size(-1), logits.device):
         raise ValueError(
-            f"cost has {len(cost.unit)} rows on {cost.unit.device} for {logits.size(-1)} columns "
+            f"cost has {len(cost.rows)} rows on {cost.rows.device} for {logits.size(-1)} columns "
             f"of logits on {logits.device}; expected one for each, on the same device"
         )
 

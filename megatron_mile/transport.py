@@ -1,12 +1,13 @@
 """EMO as a loss of logits: statistics, distances, mix and gradient joined in one autograd node.
 
     forward    target rows [T, d], by an all_reduce that may have begun before the logits
-               block of logits, block of cosines --> 6 numbers per token
+               block of logits, block of products --> 6 numbers per token
                all tokens: one all_gather of them, loss and coefficients
-    backward   block of logits, block of cosines --> gradient
+    backward   block of logits, block of products --> gradient
 
-The cosines cost one product of the output layer's size. They are kept where the gradient will lie;
-in place, where there is no such tensor, and in a second backward they are made again.
+The products of target rows and cost rows are one GEMM of the output layer's size. They are kept
+where the gradient will lie; in place, where there is no such tensor, for rows of another dtype, and
+in a second backward they are made again.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ SPENT = (
 
 
 class CostRows:
-    """This shard's rows of EMO's cost matrix, c_k = 1 - cos(e_k, e_y), made unit length once.
+    """This shard's rows of EMO's cost matrix, c_k = 1 - cos(e_k, e_y), with their norms.
 
     A row of zeros (padding), or of a norm whose square underflows, is at distance 1 from every
-    other. The rows are copied and never get a gradient; products of them run in their dtype.
+    other. The rows never get a gradient; products of them run in their dtype. They are not copied
+    (fp16 and fp64 are) and must stay as they are: after a change, make another object.
 
     Raises:
         ValueError: The rows are no floating matrix.
@@ -53,20 +55,22 @@ class CostRows:
             raise ValueError(
                 f"cost rows are {rows.dtype} {tuple(rows.shape)}; expected floating [V/tp, d]"
             )
-        rows = rows.detach()
-        norms = torch.linalg.vector_norm(
-            rows, dim=1, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32)
-        )
-        # Squares of smaller numbers vanish, so that such a row would not become unit length.
-        norms.masked_fill_(norms < torch.finfo(norms.dtype).tiny ** 0.5, torch.inf)
-        self.unit = torch.div(rows, norms, out=torch.empty_like(rows))
+        self.rows = rows.detach()
+        self.scale = _inverse_norms(self.rows)
+        """1 / norm of each row, [V/tp] in fp32, or fp64 for fp64 rows."""
+        if rows.dtype not in (torch.float32, torch.bfloat16):
+            # Products of fp16 rows may overflow, and those of fp64 rows where logits are fp32.
+            unit = torch.empty_like(self.rows)
+            self.rows = torch.mul(self.rows, self.scale.unsqueeze(1), out=unit)
+            self.scale = (self.scale > 0).to(self.scale.dtype)
         self.table: torch.Tensor | None = None
-        """Cosines of every token of the vocabulary to this shard's, [V, V/tp], if there is room."""
+        """Products of every token of the vocabulary with this shard's, [V, V/tp], if kept."""
+        self._version = self.rows._version
 
     def tabulate(
         self, tp_group: ProcessGroup | None = None, vocab_range: tuple[int, int] | None = None
     ) -> CostRows:
-        """Compute all cosines once, V * V/tp of them, and return this object.
+        """Compute all products once, V * V/tp of them, and return this object.
 
         Target rows then need neither product nor exchange. For a fixed matrix; it communicates, and
         waits for the device.
@@ -75,11 +79,10 @@ class CostRows:
             tp_group: Tensor-parallel group that shares the vocabulary; None for this rank alone.
             vocab_range: (start, end) of this shard; None for equal shards in rank order.
         """
-        _, end = shard_range(len(self.unit), vocab_range, tp_group)
-        words = torch.arange(
-            vocabulary_end(end, self.unit.device, tp_group), device=self.unit.device
-        )
-        self.table = self.fetch(words, tp_group, vocab_range).cosines(slice(None), None)
+        _, end = shard_range(len(self.rows), vocab_range, tp_group)
+        device = self.rows.device
+        words = torch.arange(vocabulary_end(end, device, tp_group), device=device)
+        self.table = self.fetch(words, tp_group, vocab_range).products(slice(None), None)
         return self
 
     def fetch(
@@ -101,9 +104,18 @@ class CostRows:
         if self.table is not None:
             ids = targets.flatten().long().clamp(0, len(self.table) - 1)
             return TargetCosts(self, targets.shape, ids, None)
-        start, end = shard_range(len(self.unit), vocab_range, tp_group)
+        start, end = shard_range(len(self.rows), vocab_range, tp_group)
         columns = local_targets(targets.flatten(), start, end)
-        return TargetCosts(self, targets.shape, None, start_lookup(self.unit, columns, tp_group))
+        waiting = start_lookup(self.rows, self.scale, columns, tp_group)
+        return TargetCosts(self, targets.shape, None, waiting)
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if the rows were written to since their norms were taken."""
+        if self.rows._version != self._version:
+            raise RuntimeError(
+                "the cost rows were changed after CostRows had taken their norms; make a new "
+                "CostRows of them, or give it a copy that stays as it is"
+            )
 
 
 class TargetCosts:
@@ -120,25 +132,34 @@ class TargetCosts:
         self.cost, self.shape, self._ids, self._wait = cost, shape, ids, rows
         self._rows: torch.Tensor | None = None
 
-    def cosines(
+    def products(
         self, tokens: slice, out: torch.Tensor | None, columns: int | None = None
     ) -> torch.Tensor:
-        """Return the cosines of these tokens' rows to the shard's, [n, V/tp].
+        """Return the products of these tokens' unit rows with the shard's rows, [n, V/tp].
 
         Args:
             tokens: Counted over all dimensions of the targets.
-            out: Where they are written if the dtype fits.
+            out: Where they are written, in the dtype of the rows; None for a new tensor.
             columns: Number of the shard's first columns that are wanted; None for all.
+
+        Raises:
+            RuntimeError: The rows have changed.
         """
-        if out is not None and out.dtype != self.cost.unit.dtype:
-            out = None
         if self._ids is not None:
             assert self.cost.table is not None
             return torch.index_select(self.cost.table[:, :columns], 0, self._ids[tokens], out=out)
+        self.cost.check_unchanged()
         if self._rows is None:
             assert self._wait is not None
             self._rows = self._wait()
-        return torch.mm(self._rows[tokens], self.cost.unit[:columns].t(), out=out)
+        return torch.mm(self._rows[tokens], self.cost.rows[:columns].t(), out=out)
+
+
+def _inverse_norms(rows: torch.Tensor) -> torch.Tensor:
+    """Return 1 / norm of rows [n, d], [n] in fp32 or fp64; 0 for a norm whose square vanishes."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    inverse = torch.linalg.vector_norm(rows, dim=1, dtype=wide).reciprocal_()
+    return inverse.masked_fill_(inverse > torch.finfo(wide).tiny ** -0.5, 0)
 
 
 class TransportLoss(torch.autograd.Function):
@@ -160,7 +181,7 @@ class TransportLoss(torch.autograd.Function):
         statistics, _ = dispatch.select(config.backend, logits.device, logits.dtype)
         ctx.transport = dispatch.transport_beside(statistics)
         ctx.columns, ctx.inplace, ctx.spent, ctx.costs = columns, inplace, False, costs
-        keeps = ctx.needs_input_grad[0] and not inplace
+        keeps = ctx.needs_input_grad[0] and not inplace and costs.cost.rows.dtype == logits.dtype
         ctx.kept = torch.empty_like(logits) if keeps else None
         inside = logits[..., :columns]
         shard = statistics.token_stats(inside, targets)
@@ -169,15 +190,16 @@ class TransportLoss(torch.autograd.Function):
             inside,
             targets,
             shard[0],
-            partial(costs.cosines, columns=columns),
+            partial(costs.products, columns=columns),
+            costs.cost.scale[:columns].to(shard.dtype),
             ctx.kept[..., :columns] if keeps else None,
         )
-        fields, coefficients = weigh_transport(torch.cat([shard, sums]), valid, config, group)
+        fields, coefficients, mean = weigh_transport(shard, sums, valid, config, group)
         if inplace:
             # Whoever saved the logits must learn now, although the write waits for the backward.
             torch.autograd.graph.increment_version(logits)
         loss, *others = fields.unbind()
-        ctx.save_for_backward(logits, targets, shard[0], others[-1], coefficients)
+        ctx.save_for_backward(logits, targets, shard[0], mean, coefficients)
         ctx.mark_non_differentiable(*others)
         return loss, *others
 
@@ -200,7 +222,8 @@ class TransportLoss(torch.autograd.Function):
             m,
             mean,
             scale_coefficients(coefficients, grad, m.dtype),
-            partial(ctx.costs.cosines, columns=ctx.columns) if kept is None else None,
+            partial(ctx.costs.products, columns=ctx.columns) if kept is None else None,
+            ctx.costs.cost.scale[: ctx.columns].to(m.dtype),
             out[..., : ctx.columns],
         )
         out[..., ctx.columns :] = 0

@@ -84,8 +84,12 @@ def rebase(coefficients: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 
 def weigh_transport(
-    shard: torch.Tensor, valid: torch.Tensor, config: ObjectiveConfig, group: ProcessGroup | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    shard: torch.Tensor,
+    sums: torch.Tensor,
+    valid: torch.Tensor,
+    config: ObjectiveConfig,
+    group: ProcessGroup | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return EMO's loss per token and the coefficients of this shard's gradient; one all_gather.
 
     With q = e^(z-m) / S, and a and b the factors of `emo.mix`, the gradient is
@@ -93,16 +97,18 @@ def weigh_transport(
     mass beside the target, because mode 2 divides by it where it is small.
 
     Args:
-        shard: (m, S, T, z_y, R, D) of this shard, contiguous [6, ...].
+        shard: (m, S, T, z_y) of this shard, [4, ...].
+        sums: (R, D) of this shard, fp64 [2, ...].
         valid: bool [...]; other tokens get 0 throughout.
         config: The objective.
         group: Tensor-parallel group; None for this rank alone.
 
     Returns:
-        (loss, nll, entropy, weight, DEMD), [5, ...] in the dtype of `shard`; and (flat, peak,
-        slope) as `Transport.transport_block_backward` takes them, fp64 [3, ...].
+        (loss, nll, entropy, weight, DEMD), [5, ...] in the dtype of `shard`; and as
+        `Transport.transport_block_backward` takes them (flat, peak, slope), fp64 [3, ...], and
+        (DEMD, what its rounding left), [2, ...] in the dtype of `shard`.
     """
-    m, total, moment, z_y, rest, paid = join_stats(shard, group)
+    m, total, moment, z_y, rest, paid = join_stats(torch.cat([shard.double(), sums]), group)
     nll = torch.logaddexp(rest.log() - (z_y - m), torch.zeros_like(m))
     entropy = (total.log() - moment / total).clamp(min=0)
     total = rest + torch.exp(z_y - m)
@@ -115,4 +121,7 @@ def weigh_transport(
     shift = shard[0] - m
     scale = torch.where(shift > -torch.inf, shift, 0).exp()  # no finite logit: any finite shift
     coefficients = torch.stack([scale * flat, peak, scale * slope])
-    return fields.masked_fill(~valid, 0).to(shard.dtype), coefficients.masked_fill(~valid, 0)
+    rounded = distance.to(shard.dtype)
+    mean = torch.stack([rounded, (distance - rounded).to(shard.dtype)])
+    fields = fields.masked_fill(~valid, 0).to(shard.dtype)
+    return fields, coefficients.masked_fill(~valid, 0), mean

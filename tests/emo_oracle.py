@@ -81,3 +81,14 @@ def hard_cost_rows(vocab: int, width: int, dtype: torch.dtype, seed: int = 5) ->
         rows[7] *= 1e4
         rows[8] *= 1e-4
     return rows.to(dtype)
+
+
+def certain_rows(count: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return fp32 logits [T, V], targets and cost rows: all mass on some wrong token or two.
+
+    nll is up to 100 and more, and so is the slope of mode 1, times a difference that vanishes.
+    """
+    random = torch.Generator().manual_seed(3)
+    logits = 20 * torch.randn(count, vocab, generator=random)
+    targets = torch.randint(vocab, (count,), generator=random)
+    return logits, targets, torch.randn(vocab, 32, generator=random) + 0.5

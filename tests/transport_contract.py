@@ -17,14 +17,18 @@ SHAPES = [(9, 1), (9, 127), (5, 9001), (3, 32000)]
 
 
 def true_block(
-    logits: torch.Tensor, cosines: torch.Tensor, targets: torch.Tensor, m: torch.Tensor
+    logits: torch.Tensor,
+    products: torch.Tensor,
+    scale: torch.Tensor,
+    targets: torch.Tensor,
+    m: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return e^(z-m) and c, fp64 [n, V], both as they count in the sums."""
     finite = m.double().masked_fill(m == -torch.inf, 0).unsqueeze(-1)
     columns = torch.arange(logits.size(-1), device=logits.device)
     at_target = columns == targets.unsqueeze(-1)
     exps = torch.exp(logits.double() - finite)
-    return exps.masked_fill(at_target, 0), (1 - cosines.double()).clamp(min=0)
+    return exps.masked_fill(at_target, 0), (1 - products.double() * scale.double()).clamp(min=0)
 
 
 class TransportContract:
@@ -40,16 +44,22 @@ class TransportContract:
             metafunc.parametrize("dtype", self.dtypes, ids=str)
 
     def block(self, count: int, vocab: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Return logits, cosines (some above 1), targets and m; every third target elsewhere."""
+        """Return logits, products, scale, targets and m; every third target is elsewhere.
+
+        Some of the cosines are above 1, and one row of cost has the scale 0.
+        """
         random = torch.Generator(self.device).manual_seed(count * vocab)
         shape = (count, vocab)
         logits = (4 * torch.randn(shape, generator=random, device=self.device)).to(dtype)
         cosines = 2.1 * torch.rand(shape, generator=random, device=self.device) - 1.05
+        norms = 1 + 9 * torch.rand(vocab, generator=random, device=self.device)
         logits[0, : vocab // 2] = -torch.inf
         targets = torch.randint(vocab, (count,), generator=random, device=self.device)
         targets[::3] = -1
         wide = torch.promote_types(dtype, torch.float32)
-        return logits, cosines.to(dtype), targets, logits.amax(-1).to(wide)
+        products, scale = (cosines * norms).to(dtype), norms.to(wide).reciprocal()
+        scale[vocab // 3] = 0
+        return logits, products, scale, targets, logits.amax(-1).to(wide)
 
     @pytest.mark.parametrize(("count", "vocab"), SHAPES)
     def test_sums_match_the_definition(self, count: int, vocab: int, dtype: torch.dtype) -> None:
@@ -57,30 +67,37 @@ class TransportContract:
         before = block[0].clone(), block[1].clone()
         sums = self.implementation.transport_block(*block)
         exps, distances = true_block(*block)
-        assert sums.dtype == torch.promote_types(dtype, torch.float32)
+        assert sums.dtype == torch.float64
         assert error(sums, torch.stack([exps.sum(-1), (exps * distances).sum(-1)])) <= SUMS[dtype]
         assert (sums >= 0).all()
         assert torch.equal(block[0], before[0])
         assert torch.equal(block[1], before[1])
 
     def test_rows_without_a_finite_logit_have_no_mass(self, dtype: torch.dtype) -> None:
-        logits, cosines, targets, m = self.block(3, 127, dtype)
+        logits, products, scale, targets, m = self.block(3, 127, dtype)
         logits.fill_(-torch.inf)
         m.fill_(-torch.inf)
-        sums = self.implementation.transport_block(logits, cosines, targets, m)
+        sums = self.implementation.transport_block(logits, products, scale, targets, m)
         assert torch.equal(sums, torch.zeros_like(sums))
 
-    # Where the gradient lies: beside both, over the logits, over the cosines.
+    def test_a_product_that_is_nan_shows_in_the_sum(self, dtype: torch.dtype) -> None:
+        block = self.block(3, 127, dtype)
+        block[1][1, 5] = torch.nan
+        paid = self.implementation.transport_block(*block)[1]
+        assert paid.isnan().tolist() == [False, True, False]
+
+    # Where the gradient lies: beside both, over the logits, over the products.
     @pytest.mark.parametrize("place", [None, 0, 1])
     @pytest.mark.parametrize(("count", "vocab"), SHAPES)
     def test_gradient_matches_the_definition(
         self, count: int, vocab: int, place: int | None, dtype: torch.dtype
     ) -> None:
         block = self.block(count, vocab, dtype)
-        logits, cosines, targets, m = block
-        flat, peak, slope, mean = torch.randn(4, count, device=self.device, dtype=m.dtype)
-        exps, distances = true_block(logits, cosines, torch.full_like(targets, -1), m)
-        pull = (distances - mean.double().unsqueeze(-1)) * slope.double().unsqueeze(-1)
+        logits, products, scale, targets, m = block
+        flat, peak, slope, high, low = torch.randn(5, count, device=self.device, dtype=m.dtype)
+        mean = torch.stack([high, low])
+        exps, distances = true_block(logits, products, scale, torch.full_like(targets, -1), m)
+        pull = (distances - mean.double().sum(0).unsqueeze(-1)) * slope.double().unsqueeze(-1)
         expected = exps * (pull + flat.double().unsqueeze(-1))
         held = (targets >= 0).nonzero(as_tuple=True)
         expected[held[0], targets[held]] = peak[held].double()
@@ -91,13 +108,13 @@ class TransportContract:
         assert error(out, expected) <= GRADIENT[dtype]
 
     def test_gradient_is_zero_for_zero_coefficients(self, dtype: torch.dtype) -> None:
-        logits, cosines, targets, m = self.block(4, 127, dtype)
+        logits, products, scale, targets, m = self.block(4, 127, dtype)
         logits[1:] = torch.nan
         coefficients = torch.zeros(3, 4, device=self.device, dtype=m.dtype)
         coefficients[2, 3] = 1
-        out, mean = torch.empty_like(logits), torch.ones_like(m)
+        out, mean = torch.empty_like(logits), torch.ones_like(coefficients[:2])
         self.implementation.transport_block_backward(
-            logits, cosines, targets, m, mean, coefficients, out
+            logits, products, scale, targets, m, mean, coefficients, out
         )
         assert torch.equal(out[:3], torch.zeros_like(out[:3]))
         assert out[3, targets[3] - 1].isnan()

@@ -48,7 +48,7 @@ def output_rows(model: Any) -> CostRows:
 
 
 def check_matrix(matrix: torch.Tensor, words: int, columns: int) -> None:
-    """Raise unless a matrix has a row for every token, and no more than the model has columns.
+    """Raise unless a matrix is finite, has a row for every token and no more than model columns.
 
     Args:
         matrix: [V, d].
@@ -64,6 +64,9 @@ def check_matrix(matrix: torch.Tensor, words: int, columns: int) -> None:
             f"{columns} columns; expected a matrix of the same vocabulary, from {words} to "
             f"{columns} rows (--make-vocab-size-divisible-by widens the model)"
         )
+    if not matrix.isfinite().all():
+        row = int((~matrix.isfinite()).any(1).nonzero()[0])
+        raise MileError(f"{COST_FLAG} has NaN or infinity in row {row}; expected finite numbers")
 
 
 def fixed_rows(matrix: torch.Tensor, words: int, model: Any) -> CostRows:

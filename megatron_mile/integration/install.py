@@ -235,7 +235,7 @@ def _make_hook(
         elif config.objective == "emo":
             check_shard(self, labels, tuple(logits.shape), group)
             cost = rows(self, labels) if rows else output_rows(self)
-            # Not in place: cosines are kept where the gradient will lie, or would be made twice.
+            # Not in place: products are kept where the gradient will lie, or would be made twice.
             stats = token_loss(logits, targets, config, group, vocab_size=vocab_size, cost=cost)
         else:
             check_shard(self, labels, tuple(logits.shape), group)

@@ -67,8 +67,8 @@ def mix(nll: torch.Tensor, distance: torch.Tensor, config: ObjectiveConfig) -> M
         return Mix(distance, torch.zeros_like(nll), torch.ones_like(nll))
     emo = distance + torch.exp(-nll) if config.emo_gt_q else distance
     if config.emo_mode == "2":
-        ratio = emo / (nll + _EPS)
-        return Mix(ratio * nll + emo, ratio, torch.ones_like(nll))
+        # Not emo / (nll + eps) * nll, which is NaN where the target's logit is -inf.
+        return Mix(emo / (1 + _EPS / nll) + emo, emo / (nll + _EPS), torch.ones_like(nll))
     ratio = nll / (emo + _EPS)
     if config.emo_cap:
         ratio = ratio.clamp(max=config.emo_cap)

@@ -9,14 +9,15 @@ from megatron_mile.parallel import ProcessGroup, group_size
 
 
 def start_lookup(
-    rows: torch.Tensor, columns: torch.Tensor, group: ProcessGroup | None
+    rows: torch.Tensor, scale: torch.Tensor, columns: torch.Tensor, group: ProcessGroup | None
 ) -> Callable[[], torch.Tensor]:
-    """Start to bring the tokens' rows to every rank, and return what waits for them.
+    """Start to bring the tokens' scaled rows to every rank, and return what waits for them.
 
     One all_reduce of [T, d], in which all ranks but one add exact zeros; none for one rank.
 
     Args:
         rows: This shard's rows, [V/tp, d].
+        scale: Their factors, [V/tp].
         columns: Which row of this shard each token asks for, int64 [T]; -1 for one of another.
         group: Tensor-parallel group; None for this rank alone.
 
@@ -26,7 +27,8 @@ def start_lookup(
     if len(rows) == 0:
         found = rows.new_zeros(len(columns), rows.size(1))
     else:
-        found = rows.index_select(0, columns.clamp(min=0))
+        held = columns.clamp(min=0)
+        found = rows.index_select(0, held).mul_(scale.index_select(0, held).unsqueeze(-1))
         found.masked_fill_((columns < 0).unsqueeze(-1), 0)
     if group_size(group) == 1:
         return lambda: found

@@ -19,7 +19,7 @@ from megatron_mile.ops.token_stats import kernel
 from megatron_mile.ops.transport import kernel as transport
 
 def spilled(function, dtype, constants, module=kernel):
-    pointers = {"logits": dtype, "cosines": dtype, "grad": dtype, "targets": "i64"}
+    pointers = {"logits": dtype, "products": dtype, "grad": dtype, "targets": "i64"}
     values = {name: "i64" for name in function.arg_names if "stride" in name}
     values |= {"rows": "i32", "inner": "i32", "columns": "i32"}
     signature = {

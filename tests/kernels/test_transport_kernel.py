@@ -1,8 +1,10 @@
 """The Triton kernels of the transport against the contract, and EMO on them against the oracle."""
 
+import itertools
+
 import pytest
 import torch
-from emo_oracle import emo_oracle, hard_cost_rows
+from emo_oracle import certain_rows, emo_oracle, hard_cost_rows
 from helpers import error, hard_rows
 from transport_contract import TransportContract
 
@@ -28,11 +30,15 @@ def test_transport_beside_the_kernel_is_the_kernel() -> None:
     assert dispatch.transport_beside(statistics) is kernel
 
 
-@pytest.mark.parametrize("mode", ["1", "2", "alone"])
-@pytest.mark.parametrize("inplace", [False, True])
-def test_token_loss_matches_oracle(mode: str, inplace: bool) -> None:
+@pytest.mark.parametrize(
+    ("mode", "inplace", "certain"),
+    [*itertools.product(("1", "2", "alone"), (False, True), (False,)), ("1", False, True)],
+)
+def test_token_loss_matches_oracle(mode: str, inplace: bool, certain: bool) -> None:
     logits, targets = hard_rows(1003, torch.float32)
     rows = hard_cost_rows(1003, 24, torch.float32)
+    if certain:
+        logits, targets, rows = certain_rows(256, 1003)
     truth = emo_oracle(logits, targets, rows, mode)
     # The vocabulary outermost: strides that the kernel must follow.
     leaf = logits.t().contiguous().t().to(DEVICE).requires_grad_()
@@ -43,4 +49,5 @@ def test_token_loss_matches_oracle(mode: str, inplace: bool) -> None:
     assert out.emo is not None
     fields = (out.loss, out.nll, out.entropy, out.emo, grad)
     for name, ours, exact in zip(truth._fields, fields, truth, strict=True):
-        assert error(ours.cpu(), exact) <= 2e-6, name  # measured 2.8e-7
+        # Measured 2.8e-7; 6.6e-7 for the certain rows, 8e-6 with sums in fp32.
+        assert error(ours.cpu(), exact) <= 2e-6, name

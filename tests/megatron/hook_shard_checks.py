@@ -207,6 +207,8 @@ def check_emo_refuses_what_it_cannot_do() -> None:
     check_matrix(matrix, V - 6, V)
     raises(MileError, "96 rows, but the tokenizer 97 tokens", check_matrix, matrix, V + 1, 2 * V)
     raises(MileError, "the model 95 columns", check_matrix, matrix, 90, V - 1)
+    matrix[7, 1] = torch.nan
+    raises(MileError, "NaN or infinity in row 7", check_matrix, matrix, V, V)
     for weight in (None, torch.nn.Parameter(torch.ones(V // 4, 3))):
         model.output_layer.weight = weight
         raises(MileError, f"expected {V // 2} rows for --mile-emo-cost", output_rows, model)

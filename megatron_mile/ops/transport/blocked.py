@@ -1,9 +1,9 @@
 """Transport of all tokens, one block of rows after the other.
 
-    block of cosines (a GEMM, or rows of a table) + block of logits --> R, D              forward
-    block of cosines, kept or made again          + block of logits --> gradient          backward
+    block of products (a GEMM, or rows of a table) + block of logits --> R, D             forward
+    block of products, kept or made again          + block of logits --> gradient         backward
 
-The cosines are what costs: a product of the size of the output layer's. They are kept where the
+The products are what costs: a GEMM of the size of the output layer's. They are kept where the
 gradient will lie, which is written over them, or made twice where there is no such place.
 """
 
@@ -14,13 +14,13 @@ import torch
 from megatron_mile.ops.blocks import Block, row_blocks
 from megatron_mile.ops.transport import Transport
 
-# Elements of a block of cosines. On two CPU cores the product took, per row of 32000 columns, 1.7
+# Elements of a block of products. On two CPU cores the GEMM took, per row of 32000 columns, 1.7
 # of the time of all 2048 rows at once for 64 rows, 1.2 for 131 (2^22), and 1.1 for 524 (2^24).
 _BLOCK = 1 << 22
 _KEPT_BLOCK = 1 << 24
 
-Cosines = Callable[[slice, torch.Tensor | None], torch.Tensor]
-"""(tokens, out) -> cosines [n, V] of these tokens, in `out` if its dtype is right."""
+Products = Callable[[slice, torch.Tensor | None], torch.Tensor]
+"""(tokens, out) -> products [n, V] of these tokens, in `out` if it is given."""
 
 
 def transport(
@@ -28,29 +28,28 @@ def transport(
     logits: torch.Tensor,
     targets: torch.Tensor,
     m: torch.Tensor,
-    cosines: Cosines,
+    products: Products,
+    scale: torch.Tensor,
     kept: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return (R, D) of every token, [2, ...], in m's dtype.
+    """Return (R, D) of every token, fp64 [2, ...].
 
     Args:
         implementation: What computes a block.
         logits: [..., V], any strides.
         targets: Local columns, int64 [...].
         m: Maxima of the token statistics, [...].
-        cosines: Where the cosines come from, tokens counted over all leading dimensions.
-        kept: [..., V] in the logits' dtype, filled with the cosines; None forgets them.
+        products: Where the products come from, tokens counted over all leading dimensions.
+        scale: Their factors, [V] in m's dtype.
+        kept: [..., V] in their dtype, filled with the products; None forgets them.
     """
-    sums = m.new_zeros(2, m.numel())
+    sums = m.new_zeros(2, m.numel(), dtype=torch.float64)
     flat_targets, maxima, logits = targets.flatten(), m.flatten(), logits.detach()
     size = _BLOCK if kept is None else _KEPT_BLOCK
     for tokens, (block, *places) in _blocks(size, logits, kept):
-        place = places[0] if places else None
-        found = cosines(tokens, place)
-        if place is not None and found is not place:
-            found = place.copy_(found)  # both passes must see the same roundings
+        found = products(tokens, places[0] if places else None)
         sums[:, tokens] = implementation.transport_block(
-            block, found, flat_targets[tokens], maxima[tokens]
+            block, found, scale, flat_targets[tokens], maxima[tokens]
         )
         del found  # before the next block of them is made
     return sums.view(2, *m.shape)
@@ -63,7 +62,8 @@ def transport_backward(
     m: torch.Tensor,
     mean: torch.Tensor,
     coefficients: torch.Tensor,
-    cosines: Cosines | None,
+    products: Products | None,
+    scale: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
     """Write the gradient, [..., V].
@@ -73,21 +73,23 @@ def transport_backward(
         logits: As in the forward.
         targets: As in the forward.
         m: As in the forward.
-        mean: DEMD, [...], in m's dtype.
+        mean: DEMD as a sum of two numbers, [2, ...], in m's dtype.
         coefficients: (flat, peak, slope), [3, ...], in m's dtype.
-        cosines: As in the forward; None where `out` holds them.
+        products: As in the forward; None where `out` holds them.
+        scale: As in the forward.
         out: Where to write; may be the logits.
     """
-    flat_targets, maxima, means = targets.flatten(), m.flatten(), mean.flatten()
-    factors = coefficients.view(3, -1)
+    flat_targets, maxima = targets.flatten(), m.flatten()
+    means, factors = mean.view(2, -1), coefficients.view(3, -1)
     for tokens, (block, place) in _blocks(_BLOCK, logits.detach(), out):
-        found = place if cosines is None else cosines(tokens, None)
+        found = place if products is None else products(tokens, None)
         implementation.transport_block_backward(
             block,
             found,
+            scale,
             flat_targets[tokens],
             maxima[tokens],
-            means[tokens],
+            means[:, tokens],
             factors[:, tokens],
             place,
         )

@@ -13,31 +13,37 @@ from megatron_mile.ops.threads import share_out
 
 
 def transport_block(
-    logits: torch.Tensor, cosines: torch.Tensor, targets: torch.Tensor, m: torch.Tensor
+    logits: torch.Tensor,
+    products: torch.Tensor,
+    scale: torch.Tensor,
+    targets: torch.Tensor,
+    m: torch.Tensor,
 ) -> torch.Tensor:
     """Return (R, D), [2, n]; see `megatron_mile.ops.transport.Transport`."""
-    sums, anchor, size = m.new_empty(2, len(m)), _anchor(m), rows_in_cache(logits)
+    sums = m.new_empty(2, len(m), dtype=torch.float64)
+    anchor, size = _anchor(m), rows_in_cache(logits)
     # Rows without a target here leave out a column of the scratch that no sum counts.
     left_out = torch.where(targets < 0, logits.size(-1), targets).unsqueeze(-1)
 
     def work(blocks: Iterator[Block]) -> None:
         scratch = _scratch(logits, m.dtype, size)
-        for rows, (block, angles) in blocks:
+        for rows, (block, given) in blocks:
             whole, distances = scratch[:, : len(block)]
             exps = whole[:, :-1]
             torch.sub(block, anchor[rows], out=exps).exp_()
             whole.scatter_(-1, left_out[rows], 0)
-            torch.sum(exps, -1, out=sums[0, rows])
-            products = _distances(angles, distances[:, :-1]).mul_(exps)
-            torch.sum(products, -1, out=sums[1, rows])
+            torch.sum(exps, -1, dtype=torch.float64, out=sums[0, rows])
+            paid = _distances(given, scale, distances[:, :-1]).mul_(exps)
+            torch.sum(paid, -1, dtype=torch.float64, out=sums[1, rows])
 
-    share_out(work, row_blocks(size, logits, cosines))
+    share_out(work, row_blocks(size, logits, products))
     return sums
 
 
 def transport_block_backward(
     logits: torch.Tensor,
-    cosines: torch.Tensor,
+    products: torch.Tensor,
+    scale: torch.Tensor,
     targets: torch.Tensor,
     m: torch.Tensor,
     mean: torch.Tensor,
@@ -47,18 +53,19 @@ def transport_block_backward(
     """Write the gradient, [n, V]; see `megatron_mile.ops.transport.Transport`."""
     anchor, size = _anchor(m), rows_in_cache(logits)
     flat, _, slope = coefficients.unsqueeze(-1)
+    high, low = mean.unsqueeze(-1)
 
     def work(blocks: Iterator[Block]) -> None:
         scratch = _scratch(logits, m.dtype, size)
-        for rows, (block, angles, grad) in blocks:
+        for rows, (block, given, grad) in blocks:
             exps, factors = scratch[:, : len(block), :-1]
             # Not addcmul_, which takes three times as long as both.
-            _distances(angles, factors).sub_(mean[rows].unsqueeze(-1))
+            _distances(given, scale, factors).sub_(high[rows]).sub_(low[rows])
             factors.mul_(slope[rows]).add_(flat[rows])
             torch.sub(block, anchor[rows], out=exps).exp_()
             grad.copy_(exps.mul_(factors))
 
-    share_out(work, row_blocks(size, logits, cosines, out))
+    share_out(work, row_blocks(size, logits, products, out))
     correct_rows(out, targets, coefficients)
 
 
@@ -72,6 +79,7 @@ def _scratch(logits: torch.Tensor, dtype: torch.dtype, rows: int) -> torch.Tenso
     return logits.new_empty(2, min(rows, len(logits)), logits.size(-1) + 1, dtype=dtype)
 
 
-def _distances(cosines: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Return c in `out`, [n, V]; rounding may leave a cosine above 1."""
-    return torch.sub(out.new_ones(1), cosines, out=out).clamp_(min=0)
+def _distances(products: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Return c in `out`, [n, V]; a cosine may be rounded above 1."""
+    torch.mul(products, scale, out=out)
+    return torch.sub(out.new_ones(1), out, out=out).clamp_(min=0)

@@ -1,12 +1,12 @@
 """Transport as two Triton kernels, for fp32, bf16 and fp16 logits.
 
-    torch      target rows [n, d] x cost rows [d, V] --GEMM--> cosines K [n, V]
-    forward    z, K [n, V]  --one read-->  (R, D) [2, n] fp32                    one program per row
-    backward   z, K [n, V], coefficients [3, n]  --one read, one write-->  gradient [n, V]
+    torch      target rows [n, d] x cost rows [d, V] --GEMM--> products P [n, V]
+    forward    z, P [n, V], scale [V]  --one read-->  (R, D) [2, n] fp32         one program per row
+    backward   z, P [n, V], scale [V], coefficients [3, n]  --one read, one write-->  grad [n, V]
                                                                  one program per row and tile
 
 The product stays with torch: cuBLAS reaches the speed of the machine, and fused into the kernel it
-would have to be done twice, because a row's gradient needs DEMD of all shards, or K be written
+would have to be done twice, because a row's gradient needs DEMD of all shards, or P be written
 anyway. What is left waits for memory alone. Both kernels compute in fp32 and round once, when the
 gradient is stored; there is no atomic operation.
 
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 _MINUS_INF = tl.constexpr(-torch.inf)
+_PROPAGATE = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -26,17 +27,18 @@ def transport_fwd_kernel(
     logits: tl.tensor,  # [n, V] fp32, bf16 or fp16, read-only
     row_stride: tl.tensor,  # in elements, as all strides
     column_stride: tl.tensor,
-    cosines: tl.tensor,  # [n, V] fp32, bf16 or fp16, read-only
-    cosines_row_stride: tl.tensor,
-    cosines_column_stride: tl.tensor,
+    products: tl.tensor,  # [n, V] fp32, bf16 or fp16, read-only
+    products_row_stride: tl.tensor,
+    products_column_stride: tl.tensor,
+    scale: tl.tensor,  # [V] fp32, read-only
     targets: tl.tensor,  # [n] int64, read-only; negative: not in this shard
     maxima: tl.tensor,  # [n] fp32, read-only: m
-    sums: tl.tensor,  # [2, n] fp32, written: R, D
+    sums: tl.tensor,  # [2, n] fp64, written: R, D
     rows: tl.tensor,  # n
     columns: tl.tensor,  # V
     BLOCK: tl.constexpr,
 ) -> None:
-    """Write (R, D) of one row, tile after tile; lanes are added once, at the end."""
+    """Write (R, D) of one row, tile after tile; lanes are added once, at the end, in fp64."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     m = tl.load(maxima + row)
@@ -49,13 +51,14 @@ def transport_fwd_kernel(
         inside = cells < columns
         place = logits + row * row_stride + cells * column_stride
         z = tl.load(place, mask=inside, other=_MINUS_INF).to(tl.float32)
-        place = cosines + row * cosines_row_stride + cells * cosines_column_stride
-        cosine = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        place = products + row * products_row_stride + cells * products_column_stride
+        product = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        cosine = product * tl.load(scale + cells, mask=inside, other=0.0)
         exps = tl.where(cells == target, 0.0, tl.exp(z - anchor))
         rest += exps
-        paid += exps * tl.maximum(1.0 - cosine, 0.0)
-    tl.store(sums + row, tl.sum(rest, 0))
-    tl.store(sums + rows + row, tl.sum(paid, 0))
+        paid += exps * tl.maximum(1.0 - cosine, 0.0, propagate_nan=_PROPAGATE)
+    tl.store(sums + row, tl.sum(rest.to(tl.float64), 0))
+    tl.store(sums + rows + row, tl.sum(paid.to(tl.float64), 0))
 
 
 @triton.jit
@@ -63,15 +66,16 @@ def transport_bwd_kernel(
     logits: tl.tensor,  # [n, V] fp32, bf16 or fp16, read-only unless it is grad
     row_stride: tl.tensor,
     column_stride: tl.tensor,
-    cosines: tl.tensor,  # [n, V] fp32, bf16 or fp16, read-only unless it is grad
-    cosines_row_stride: tl.tensor,
-    cosines_column_stride: tl.tensor,
-    grad: tl.tensor,  # [n, V] in the logits' dtype, written; may be the logits or the cosines
+    products: tl.tensor,  # [n, V] fp32, bf16 or fp16, read-only unless it is grad
+    products_row_stride: tl.tensor,
+    products_column_stride: tl.tensor,
+    scale: tl.tensor,  # [V] fp32, read-only
+    grad: tl.tensor,  # [n, V] in the logits' dtype, written; may be the logits or the products
     grad_row_stride: tl.tensor,
     grad_column_stride: tl.tensor,
     targets: tl.tensor,  # [n] int64, read-only
     maxima: tl.tensor,  # [n] fp32, read-only: m
-    means: tl.tensor,  # [n] fp32, read-only: DEMD
+    means: tl.tensor,  # [2, n] fp32, read-only: DEMD as a sum
     coefficients: tl.tensor,  # [3, n] fp32, read-only: flat, peak, slope
     rows: tl.tensor,  # n
     columns: tl.tensor,  # V
@@ -87,11 +91,13 @@ def transport_bwd_kernel(
     slope = tl.load(coefficients + 2 * rows + row)
     place = logits + row * row_stride + cells * column_stride
     z = tl.load(place, mask=inside, other=_MINUS_INF).to(tl.float32)
-    place = cosines + row * cosines_row_stride + cells * cosines_column_stride
-    cosine = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    distance = tl.maximum(1.0 - cosine, 0.0)
+    place = products + row * products_row_stride + cells * products_column_stride
+    product = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    cosine = product * tl.load(scale + cells, mask=inside, other=0.0)
+    distance = tl.maximum(1.0 - cosine, 0.0, propagate_nan=_PROPAGATE)
     value = tl.exp(z - tl.where(m == _MINUS_INF, 0.0, m))
-    value *= flat + slope * (distance - tl.load(means + row))
+    difference = distance - tl.load(means + row) - tl.load(means + rows + row)
+    value *= flat + slope * difference
     value = tl.where(cells == tl.load(targets + row), peak, value)
     # A select, because 0 * NaN of a row's logits is NaN.
     value = tl.where((flat == 0) & (peak == 0) & (slope == 0), 0.0, value)
@@ -104,18 +110,23 @@ INTERPRETED = not isinstance(transport_fwd_kernel, triton.JITFunction)
 
 
 def transport_block(
-    logits: torch.Tensor, cosines: torch.Tensor, targets: torch.Tensor, m: torch.Tensor
+    logits: torch.Tensor,
+    products: torch.Tensor,
+    scale: torch.Tensor,
+    targets: torch.Tensor,
+    m: torch.Tensor,
 ) -> torch.Tensor:
     """Return (R, D), [2, n]; see `megatron_mile.ops.transport.Transport`."""
     rows, columns = logits.shape
-    sums = m.new_empty(2, rows)
+    sums = m.new_empty(2, rows, dtype=torch.float64)
     block, warps = _launch_size(columns)
     with torch.cuda.device_of(logits):
         transport_fwd_kernel[(rows,)](
             logits,
             *logits.stride(),
-            cosines,
-            *cosines.stride(),
+            products,
+            *products.stride(),
+            scale.contiguous(),
             targets.contiguous(),
             m.contiguous(),
             sums,
@@ -129,7 +140,8 @@ def transport_block(
 
 def transport_block_backward(
     logits: torch.Tensor,
-    cosines: torch.Tensor,
+    products: torch.Tensor,
+    scale: torch.Tensor,
     targets: torch.Tensor,
     m: torch.Tensor,
     mean: torch.Tensor,
@@ -146,8 +158,9 @@ def transport_block_backward(
         transport_bwd_kernel[(rows, triton.cdiv(columns, block))](
             logits,
             *logits.stride(),
-            cosines,
-            *cosines.stride(),
+            products,
+            *products.stride(),
+            scale.contiguous(),
             grad,
             *grad.stride(),
             targets.contiguous(),

@@ -9,13 +9,17 @@ def _exps(logits: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     return torch.sub(logits, anchor.unsqueeze(-1)).exp_()
 
 
-def _distances(cosines: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return c as a new [n, V] tensor; rounding may leave a cosine above 1."""
-    return cosines.to(dtype, copy=True).neg_().add_(1).clamp_(min=0)
+def _distances(products: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return c as a new [n, V] tensor in the dtype of `scale`; a cosine may be rounded above 1."""
+    return products.to(scale.dtype, copy=True).mul_(scale).neg_().add_(1).clamp_(min=0)
 
 
 def transport_block(
-    logits: torch.Tensor, cosines: torch.Tensor, targets: torch.Tensor, m: torch.Tensor
+    logits: torch.Tensor,
+    products: torch.Tensor,
+    scale: torch.Tensor,
+    targets: torch.Tensor,
+    m: torch.Tensor,
 ) -> torch.Tensor:
     """Return (R, D), [2, n]; see `megatron_mile.ops.transport.Transport`."""
     exps = _exps(logits, m)
@@ -23,13 +27,15 @@ def transport_block(
     # Without a target here all entries stay; else both sums leave it out.
     kept = torch.where(targets.unsqueeze(-1) < 0, exps.gather(-1, column), 0)
     exps.scatter_(-1, column, kept)
-    rest = exps.sum(-1)
-    return torch.stack([rest, exps.mul_(_distances(cosines, m.dtype)).sum(-1)])
+    rest = exps.sum(-1, dtype=torch.float64)
+    paid = exps.mul_(_distances(products, scale))
+    return torch.stack([rest, paid.sum(-1, dtype=torch.float64)])
 
 
 def transport_block_backward(
     logits: torch.Tensor,
-    cosines: torch.Tensor,
+    products: torch.Tensor,
+    scale: torch.Tensor,
     targets: torch.Tensor,
     m: torch.Tensor,
     mean: torch.Tensor,
@@ -38,7 +44,8 @@ def transport_block_backward(
 ) -> None:
     """Write the gradient, [n, V]; see `megatron_mile.ops.transport.Transport`."""
     flat, peak, slope = coefficients.unsqueeze(-1)
-    grad = _distances(cosines, m.dtype).sub_(mean.unsqueeze(-1)).mul_(slope).add_(flat)
+    high, low = mean.unsqueeze(-1)
+    grad = _distances(products, scale).sub_(high).sub_(low).mul_(slope).add_(flat)
     grad.mul_(_exps(logits, m))
     column = targets.clamp(min=0).unsqueeze(-1)
     grad.scatter_(-1, column, torch.where(targets.unsqueeze(-1) < 0, grad.gather(-1, column), peak))
