@@ -36,9 +36,9 @@ SPENT = (
 class CostRows:
     """This shard's rows of EMO's cost matrix, c_k = 1 - cos(e_k, e_y), with their norms.
 
-    A row of zeros (padding), or of a norm whose square underflows, is at distance 1 from every
-    other. The rows never get a gradient; products of them run in their dtype. They are not copied
-    (fp16 and fp64 are) and must stay as they are: after a change, make another object.
+    A row of zeros (padding), or of a norm whose square under- or overflows, is at distance 1 from
+    every other. The rows never get a gradient; products of them run in their dtype. They are not
+    copied (fp16 and fp64 are) and must stay as they are: after a change, make another object.
 
     Raises:
         ValueError: The rows are no floating matrix.
