@@ -75,7 +75,8 @@ def token_loss(
         cost: This shard's rows of the cost matrix, one for each column of the logits; for the
             objective emo and no other. With what `CostRows.fetch` returned for these targets the
             exchange of rows has begun earlier. EMO keeps the products of rows where the gradient
-            will lie; with `inplace` there is no such tensor, and the backward makes them again.
+            will lie; with `inplace` there is no such tensor, nor for rows of another dtype than the
+            logits, and the backward makes them again.
 
     Raises:
         ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, the logits overlap

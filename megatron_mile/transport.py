@@ -27,6 +27,8 @@ from megatron_mile.parallel.rows import start_lookup, vocabulary_end
 from megatron_mile.parallel.vocab import local_targets, shard_range
 from megatron_mile.weighting import scale_coefficients, weigh_transport
 
+# Rows whose norms are taken at once.
+_NORM_ROWS = 4096
 SPENT = (
     "token_loss(inplace=True) has already written its gradient over the logits; use inplace=False "
     "to run the backward twice"
@@ -34,11 +36,11 @@ SPENT = (
 
 
 class CostRows:
-    """This shard's rows of EMO's cost matrix, c_k = 1 - cos(e_k, e_y), with their norms.
+    """This shard's rows of EMO's cost matrix, c_k = 1 - cos(e_k, e_y).
 
     A row of zeros (padding), or of a norm whose square under- or overflows, is at distance 1 from
-    every other. The rows never get a gradient; products of them run in their dtype. They are not
-    copied (fp16 and fp64 are) and must stay as they are: after a change, make another object.
+    every other. The rows are not copied and never get a gradient: every loss takes them as they are
+    when their norms are taken, at `fetch`. Products of them run in their dtype.
 
     Raises:
         ValueError: The rows are no floating matrix.
@@ -56,24 +58,17 @@ class CostRows:
                 f"cost rows are {rows.dtype} {tuple(rows.shape)}; expected floating [V/tp, d]"
             )
         self.rows = rows.detach()
-        self.scale = _inverse_norms(self.rows)
-        """1 / norm of each row, [V/tp] in fp32, or fp64 for fp64 rows."""
-        if rows.dtype not in (torch.float32, torch.bfloat16):
-            # Products of fp16 rows may overflow, and those of fp64 rows where logits are fp32.
-            unit = torch.empty_like(self.rows)
-            self.rows = torch.mul(self.rows, self.scale.unsqueeze(1), out=unit)
-            self.scale = (self.scale > 0).to(self.scale.dtype)
-        self.table: torch.Tensor | None = None
-        """Products of every token of the vocabulary with this shard's, [V, V/tp], if kept."""
-        self._version = self.rows._version
+        self.table: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Products of the vocabulary's unit rows with this shard's, [V, V/tp], and the scale of the
+        latter, [V/tp], if `tabulate` has made them."""
 
     def tabulate(
         self, tp_group: ProcessGroup | None = None, vocab_range: tuple[int, int] | None = None
     ) -> CostRows:
         """Compute all products once, V * V/tp of them, and return this object.
 
-        Target rows then need neither product nor exchange. For a fixed matrix; it communicates, and
-        waits for the device.
+        Target rows then need neither product nor exchange, and the rows must stay as they are. For
+        a fixed matrix; it communicates, and waits for the device.
 
         Args:
             tp_group: Tensor-parallel group that shares the vocabulary; None for this rank alone.
@@ -82,7 +77,8 @@ class CostRows:
         _, end = shard_range(len(self.rows), vocab_range, tp_group)
         device = self.rows.device
         words = torch.arange(vocabulary_end(end, device, tp_group), device=device)
-        self.table = self.fetch(words, tp_group, vocab_range).products(slice(None), None)
+        fetched = self.fetch(words, tp_group, vocab_range)
+        self.table = fetched.products(slice(None), None), fetched.scale
         return self
 
     def fetch(
@@ -94,7 +90,8 @@ class CostRows:
         """Start to fetch the targets' rows; `token_loss` takes what this returns as its cost.
 
         It depends on the targets alone, so it may run while the model computes the logits. All
-        ranks of the group must call it at the same point.
+        ranks of the group must call it at the same point, and the rows must not change until the
+        backward.
 
         Args:
             targets: Integers, [...]: ids in the whole vocabulary.
@@ -102,20 +99,12 @@ class CostRows:
             vocab_range: As in `tabulate`.
         """
         if self.table is not None:
-            ids = targets.flatten().long().clamp(0, len(self.table) - 1)
-            return TargetCosts(self, targets.shape, ids, None)
+            ids = targets.flatten().long().clamp(0, len(self.table[0]) - 1)
+            return TargetCosts(self, targets.shape, *self.table, ids=ids)
         start, end = shard_range(len(self.rows), vocab_range, tp_group)
-        columns = local_targets(targets.flatten(), start, end)
-        waiting = start_lookup(self.rows, self.scale, columns, tp_group)
-        return TargetCosts(self, targets.shape, None, waiting)
-
-    def check_unchanged(self) -> None:
-        """Raise RuntimeError if the rows were written to since their norms were taken."""
-        if self.rows._version != self._version:
-            raise RuntimeError(
-                "the cost rows were changed after CostRows had taken their norms; make a new "
-                "CostRows of them, or give it a copy that stays as it is"
-            )
+        rows, scale = _with_scale(self.rows)
+        waiting = start_lookup(rows, scale, local_targets(targets.flatten(), start, end), tp_group)
+        return TargetCosts(self, targets.shape, rows, scale, wait=waiting)
 
 
 class TargetCosts:
@@ -125,11 +114,23 @@ class TargetCosts:
         self,
         cost: CostRows,
         shape: torch.Size,
-        ids: torch.Tensor | None,
-        rows: Callable[[], torch.Tensor] | None,
+        matrix: torch.Tensor,
+        scale: torch.Tensor,
+        ids: torch.Tensor | None = None,
+        wait: Callable[[], torch.Tensor] | None = None,
     ) -> None:
-        """Take either ids [T] in the table or what waits for rows [T, d]; made by `fetch`."""
-        self.cost, self.shape, self._ids, self._wait = cost, shape, ids, rows
+        """Take what `fetch` has found.
+
+        Args:
+            cost: What was asked.
+            shape: Of the targets.
+            matrix: The shard's rows [V/tp, d], or the table [V, V/tp].
+            scale: 1 / norm of the shard's rows, [V/tp] in fp32 or fp64.
+            ids: The targets' rows of the table, [T], if it is one.
+            wait: Else what returns their unit rows, [T, d].
+        """
+        self.cost, self.shape, self.matrix, self.scale = cost, shape, matrix, scale
+        self._ids, self._wait = ids, wait
         self._rows: torch.Tensor | None = None
 
     def products(
@@ -139,27 +140,32 @@ class TargetCosts:
 
         Args:
             tokens: Counted over all dimensions of the targets.
-            out: Where they are written, in the dtype of the rows; None for a new tensor.
+            out: Where they are written, in the dtype of `matrix`; None for a new tensor.
             columns: Number of the shard's first columns that are wanted; None for all.
-
-        Raises:
-            RuntimeError: The rows have changed.
         """
         if self._ids is not None:
-            assert self.cost.table is not None
-            return torch.index_select(self.cost.table[:, :columns], 0, self._ids[tokens], out=out)
-        self.cost.check_unchanged()
+            return torch.index_select(self.matrix[:, :columns], 0, self._ids[tokens], out=out)
         if self._rows is None:
             assert self._wait is not None
             self._rows = self._wait()
-        return torch.mm(self._rows[tokens], self.cost.rows[:columns].t(), out=out)
+        return torch.mm(self._rows[tokens], self.matrix[:columns].t(), out=out)
 
 
-def _inverse_norms(rows: torch.Tensor) -> torch.Tensor:
-    """Return 1 / norm of rows [n, d], [n] in fp32 or fp64; 0 for a norm whose square vanishes."""
+def _with_scale(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows [n, d] as products take them, and the factors [n] that make them unit length.
+
+    The factor of a norm whose square vanishes is 0. Rows in fp16, whose products may overflow, and
+    in fp64, whose products may not fit in fp32, are copied and made unit length at once.
+    """
     wide = torch.promote_types(rows.dtype, torch.float32)
-    inverse = torch.linalg.vector_norm(rows, dim=1, dtype=wide).reciprocal_()
-    return inverse.masked_fill_(inverse > torch.finfo(wide).tiny ** -0.5, 0)
+    # By blocks, because a CPU first converts all that it is given.
+    norms = [torch.linalg.vector_norm(part, dim=1, dtype=wide) for part in rows.split(_NORM_ROWS)]
+    scale = torch.cat(norms).reciprocal_()
+    scale.masked_fill_(scale > torch.finfo(wide).tiny ** -0.5, 0)
+    if rows.dtype in (torch.float32, torch.bfloat16):
+        return rows, scale
+    unit = torch.mul(rows, scale.unsqueeze(1), out=torch.empty_like(rows))
+    return unit, torch.ones_like(scale)
 
 
 class TransportLoss(torch.autograd.Function):
@@ -181,7 +187,7 @@ class TransportLoss(torch.autograd.Function):
         statistics, _ = dispatch.select(config.backend, logits.device, logits.dtype)
         ctx.transport = dispatch.transport_beside(statistics)
         ctx.columns, ctx.inplace, ctx.spent, ctx.costs = columns, inplace, False, costs
-        keeps = ctx.needs_input_grad[0] and not inplace and costs.cost.rows.dtype == logits.dtype
+        keeps = ctx.needs_input_grad[0] and not inplace and costs.matrix.dtype == logits.dtype
         ctx.kept = torch.empty_like(logits) if keeps else None
         inside = logits[..., :columns]
         shard = statistics.token_stats(inside, targets)
@@ -191,7 +197,7 @@ class TransportLoss(torch.autograd.Function):
             targets,
             shard[0],
             partial(costs.products, columns=columns),
-            costs.cost.scale[:columns].to(shard.dtype),
+            costs.scale[:columns].to(shard.dtype),
             ctx.kept[..., :columns] if keeps else None,
         )
         fields, coefficients, mean = weigh_transport(shard, sums, valid, config, group)
@@ -223,7 +229,7 @@ class TransportLoss(torch.autograd.Function):
             mean,
             scale_coefficients(coefficients, grad, m.dtype),
             partial(ctx.costs.products, columns=ctx.columns) if kept is None else None,
-            ctx.costs.cost.scale[: ctx.columns].to(m.dtype),
+            ctx.costs.scale[: ctx.columns].to(m.dtype),
             out[..., : ctx.columns],
         )
         out[..., ctx.columns :] = 0

@@ -28,7 +28,7 @@ def true_block(
     columns = torch.arange(logits.size(-1), device=logits.device)
     at_target = columns == targets.unsqueeze(-1)
     exps = torch.exp(logits.double() - finite)
-    return exps.masked_fill(at_target, 0), (1 - products.double() * scale.double()).clamp(min=0)
+    return exps.masked_fill(at_target, 0), (1 - products.double() * scale.double()).clamp(0, 2)
 
 
 class TransportContract:
@@ -46,7 +46,7 @@ class TransportContract:
     def block(self, count: int, vocab: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """Return logits, products, scale, targets and m; every third target is elsewhere.
 
-        Some of the cosines are above 1, and one row of cost has the scale 0.
+        Some of the cosines are beyond 1 or -1, and one row of cost has the scale 0.
         """
         random = torch.Generator(self.device).manual_seed(count * vocab)
         shape = (count, vocab)

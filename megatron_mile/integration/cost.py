@@ -15,7 +15,7 @@ from megatron_mile.integration.loss_func import is_training
 from megatron_mile.integration.models import tp_group, unwrap
 from megatron_mile.transport import CostRows, TargetCosts
 
-# A table of all cosines takes the place of product and exchange up to this size on each rank.
+# A table of all products takes the place of product and exchange up to this size on each rank.
 TABLE_BYTES = 1 << 28
 _ahead: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 

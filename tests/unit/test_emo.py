@@ -119,7 +119,7 @@ def test_token_loss_takes_fp16_rows_whose_products_would_overflow(inplace: bool)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_token_loss_takes_rows_of_another_dtype(inplace: bool) -> None:
     logits, targets = hard_rows(127, torch.float32)
-    rows = hard_cost_rows(127, 24, torch.float64)
+    rows = 1e60 * hard_cost_rows(127, 24, torch.float64)  # whose products are infinite in fp32
     truth = emo_oracle(logits, targets, rows)
     for cost in (CostRows(rows), CostRows(rows).tabulate()):
         _assert_close(_run(logits, targets, EMO, cost, inplace), truth, 2e-6)
@@ -158,6 +158,16 @@ def test_token_loss_in_bf16_is_no_worse_than_the_dense_form_in_bf16(mode: str) -
         )
         assert error(loss, truth.loss) <= error(theirs[0], truth.loss)
         assert error(grad, truth.grad) <= error(theirs[1], truth.grad)
+
+
+def test_token_loss_of_opposite_rows_keeps_the_distance_below_2() -> None:
+    rows = torch.randn(64, 32).bfloat16()
+    rows[1::2] = -rows[::2]
+    targets = torch.arange(0, 64, 2)
+    logits = torch.zeros(32, 64).bfloat16()
+    logits[torch.arange(32), targets + 1] = 60  # all mass on the opposite
+    *_, emo, _ = _run(logits, targets, EMO, CostRows(rows))
+    assert ((emo > 1.99) & (emo <= 2)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -272,7 +282,7 @@ def test_token_loss_keeps_logits_and_repeats_its_backward() -> None:
     before, version = logits.detach().clone(), logits._version
     rows = torch.randn(9, 3, requires_grad=True)
     loss = token_loss(logits, targets, EMO, cost=CostRows(rows)).loss.sum()
-    grads = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2)]
+    grads = [torch.autograd.grad(loss, logits, retain_graph=True)[0].clone() for _ in range(2)]
     assert torch.equal(*grads)
     assert torch.equal(logits, before)
     assert logits._version == version
@@ -292,26 +302,26 @@ def test_token_loss_inplace_consumes_the_logits() -> None:
         loss.backward()
 
 
-def test_cost_rows_refuse_to_be_used_after_a_change() -> None:
-    rows, logits, targets = torch.randn(9, 3), torch.randn(4, 9), torch.tensor([0, 3, 8, 1])
-    weight = torch.nn.Parameter(rows)
-    cost, table = CostRows(weight), CostRows(weight).tabulate()
-    before = _run(logits, targets, EMO, cost)
-    with torch.no_grad():
-        weight.mul_(2)
-    with pytest.raises(RuntimeError, match="changed after CostRows had taken their norms"):
-        _run(logits, targets, EMO, cost)
-    for other in (table, CostRows(weight)):
-        for ours, expected in zip(_run(logits, targets, EMO, other), before, strict=True):
-            torch.testing.assert_close(ours, expected)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_cost_rows_are_those_of_the_moment(dtype: torch.dtype) -> None:
+    logits, targets = torch.randn(4, 9), torch.tensor([0, 3, 8, 1])
+    weight = torch.nn.Parameter(torch.randn(9, 3).to(dtype))
+    cost = CostRows(weight)
+    for _ in range(2):
+        ours = _run(logits, targets, EMO, cost)
+        _assert_close(
+            ours, emo_oracle(logits, targets, weight), 2e-6 if dtype.itemsize > 2 else 2e-3
+        )
+        weight.data.exp_()  # as optimizers write, past the version counter
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_cost_rows_too_small_to_square_count_as_zeros(dtype: torch.dtype) -> None:
     rows = torch.randn(9, 3, dtype=torch.float64)
-    rows[3:5] *= 1e-180 if dtype == torch.float64 else 1e-25
-    cost = CostRows(rows.to(dtype))
-    norms = cost.rows.double().norm(dim=-1) * cost.scale
+    rows[3] *= 1e-180 if dtype == torch.float64 else 1e-25
+    rows[4] *= 1e-156 if dtype == torch.float64 else 1e-20  # the square is subnormal
+    cost = CostRows(rows.to(dtype)).fetch(torch.tensor([0]))
+    norms = cost.matrix.double().norm(dim=-1) * cost.scale
     assert not norms[3:5].any()
     assert (norms[[0, 8]] - 1).abs().max() < 1e-6
 
@@ -367,13 +377,13 @@ def _peak_bytes(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_token_loss_needs_little_more_memory_than_plain(dtype: torch.dtype, inplace: bool) -> None:
-    logits = torch.randn(2048, 8192).to(dtype).requires_grad_()
-    targets = torch.randint(8192, (2048,))
-    rows = torch.randn(8192, 256).to(dtype)
+    logits = torch.randn(512, 32000).to(dtype).requires_grad_()
+    targets = torch.randint(32000, (512,))
+    rows = torch.randn(32000, 512).to(dtype)
     plain = _peak_bytes(logits, targets, ObjectiveConfig(), inplace, None)
     ours = _peak_bytes(logits, targets, EMO, inplace, rows)
     # A block and what is in cache, in fp32, and all target rows.
-    block = (blocked._BLOCK + 4 * blocks._IN_CACHE) * 4 + 2048 * 256 * dtype.itemsize
+    block = (blocked._BLOCK + 4 * blocks._IN_CACHE) * 4 + 512 * 512 * dtype.itemsize
     assert plain >= (0 if inplace else logits.nbytes)
     # Measured: 1.04 (fp32) and 1.09 (bf16) of plain; in place 0.95 and 0.61 of what is added.
     assert ours <= 1.1 * plain + inplace * block

@@ -6,7 +6,6 @@ that returns the loss per token [T].
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,15 +19,13 @@ Tensor = torch.Tensor
 _EMO = ObjectiveConfig("emo", emo_mode="1")
 
 
-def _ours(fixed: bool, inplace: bool = False) -> Callable[[], tuple[Loss, str]]:
-    """Return EMO by this package; a fixed matrix is prepared once, another one in every call."""
-    prepared = functools.cache(CostRows) if fixed else CostRows
+def _ours(inplace: bool) -> Callable[[], tuple[Loss, str]]:
+    """Return EMO by this package."""
 
     def loss(logits: Tensor, cost: Tensor, targets: Tensor, group: Any) -> Tensor:
-        rows = prepared(cost)
-        return token_loss(logits, targets, _EMO, group, inplace=inplace, cost=rows).loss
+        return token_loss(logits, targets, _EMO, group, inplace=inplace, cost=CostRows(cost)).loss
 
-    return lambda: (loss, "cost rows prepared once" if fixed else "")
+    return lambda: (loss, "")
 
 
 def _dense() -> tuple[Loss, str]:
@@ -55,9 +52,8 @@ def _megatron() -> tuple[Loss, str]:
 
 
 EMO_LOSSES = {
-    "ours": Provider("emo", _ours(fixed=True), needs()),
-    "ours-adaptive": Provider("emo", _ours(fixed=False), needs()),
-    "ours-inplace": Provider("emo", _ours(fixed=True, inplace=True), needs()),
+    "ours": Provider("emo", _ours(inplace=False), needs()),
+    "ours-inplace": Provider("emo", _ours(inplace=True), needs()),
     BASELINE: Provider("ce", _megatron, needs("megatron")),
     "dense-emo": Provider("emo", _dense, needs(whole_vocabulary=True), slack=4.0),
 }

@@ -1,7 +1,7 @@
 """Transport: what a token's probability mass pays on its way to the target, on one shard.
 
 For a row z of logits with maximum m, local target y, and the products P_k of the cost row of k with
-the target's of unit length, the distance is c_k = max(0, 1 - P_k / norm_k), c_y = 0, and
+the target's of unit length, the distance is c_k = 1 - P_k / norm_k in [0, 2], c_y = 0, and
 
     R = sum_{k != y} e^(z_k - m),   D = sum_k e^(z_k - m) c_k
 
@@ -22,8 +22,8 @@ class Transport(Protocol):
     1 / norm of each cost row, 0 for one that is at distance 1 from all; local targets are int64
     [n], negative where the shard does not hold the target; m [n] is the maximum from the token
     statistics. Arithmetic and scale are fp64 for fp64 logits and fp32 for the others; the sums are
-    fp64, as exact as their terms: with nearly all mass on one token, the gradient there is the
-    small difference of its distance and their ratio, times a slope that may be 100.
+    added up in fp64, at least at the end: with nearly all mass on one token, the gradient there is
+    the small difference of its distance and their ratio, times a slope that may be 100.
     """
 
     def transport_block(

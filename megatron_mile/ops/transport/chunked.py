@@ -80,6 +80,6 @@ def _scratch(logits: torch.Tensor, dtype: torch.dtype, rows: int) -> torch.Tenso
 
 
 def _distances(products: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Return c in `out`, [n, V]; a cosine may be rounded above 1."""
-    torch.mul(products, scale, out=out)
-    return torch.sub(out.new_ones(1), out, out=out).clamp_(min=0)
+    """Return c in `out`, [n, V]; a cosine may be rounded beyond 1."""
+    out.copy_(products)  # operations on bf16 and fp32 take longer than this and those on fp32
+    return torch.addcmul(out.new_ones(1), out, scale, value=-1, out=out).clamp_(0, 2)

@@ -1,14 +1,14 @@
 """Transport as two Triton kernels, for fp32, bf16 and fp16 logits.
 
     torch      target rows [n, d] x cost rows [d, V] --GEMM--> products P [n, V]
-    forward    z, P [n, V], scale [V]  --one read-->  (R, D) [2, n] fp32         one program per row
+    forward    z, P [n, V], scale [V]  --one read-->  (R, D) [2, n] fp64         one program per row
     backward   z, P [n, V], scale [V], coefficients [3, n]  --one read, one write-->  grad [n, V]
                                                                  one program per row and tile
 
 The product stays with torch: cuBLAS reaches the speed of the machine, and fused into the kernel it
 would have to be done twice, because a row's gradient needs DEMD of all shards, or P be written
-anyway. What is left waits for memory alone. Both kernels compute in fp32 and round once, when the
-gradient is stored; there is no atomic operation.
+anyway. What is left waits for memory alone. Both kernels compute in fp32, add the lanes of a row up
+in fp64, and round once, when the gradient is stored; there is no atomic operation.
 
 With TRITON_INTERPRET=1 in the environment when Triton is first imported, the same code runs on CPU
 tensors, slowly.
@@ -56,7 +56,7 @@ def transport_fwd_kernel(
         cosine = product * tl.load(scale + cells, mask=inside, other=0.0)
         exps = tl.where(cells == target, 0.0, tl.exp(z - anchor))
         rest += exps
-        paid += exps * tl.maximum(1.0 - cosine, 0.0, propagate_nan=_PROPAGATE)
+        paid += exps * tl.clamp(1.0 - cosine, 0.0, 2.0, propagate_nan=_PROPAGATE)
     tl.store(sums + row, tl.sum(rest.to(tl.float64), 0))
     tl.store(sums + rows + row, tl.sum(paid.to(tl.float64), 0))
 
@@ -94,7 +94,7 @@ def transport_bwd_kernel(
     place = products + row * products_row_stride + cells * products_column_stride
     product = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     cosine = product * tl.load(scale + cells, mask=inside, other=0.0)
-    distance = tl.maximum(1.0 - cosine, 0.0, propagate_nan=_PROPAGATE)
+    distance = tl.clamp(1.0 - cosine, 0.0, 2.0, propagate_nan=_PROPAGATE)
     value = tl.exp(z - tl.where(m == _MINUS_INF, 0.0, m))
     difference = distance - tl.load(means + row) - tl.load(means + rows + row)
     value *= flat + slope * difference

@@ -10,8 +10,8 @@ def _exps(logits: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
 
 
 def _distances(products: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return c as a new [n, V] tensor in the dtype of `scale`; a cosine may be rounded above 1."""
-    return products.to(scale.dtype, copy=True).mul_(scale).neg_().add_(1).clamp_(min=0)
+    """Return c as a new [n, V] tensor in the dtype of `scale`; a cosine may be rounded beyond 1."""
+    return products.to(scale.dtype, copy=True).mul_(scale).neg_().add_(1).clamp_(0, 2)
 
 
 def transport_block(
