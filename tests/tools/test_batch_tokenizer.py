@@ -37,6 +37,7 @@ PIECES = (
         "\u0627",
     ),
     *("٣", "Ⅷ", "½", "☕", "👩\u200d💻", "🇩🇪", "<|endoftext|>", "<|padding|>"),
+    *("<s>", "<unk>", "<0x41>"),
 )
 
 
@@ -169,6 +170,10 @@ LLAMA = {
 SENTENCEPIECE: dict[str, tuple[dict[str, Any], bool]] = {
     "llama": ({}, True),
     "no dummy prefix": ({"add_dummy_prefix": False}, True),
+    "joins letters and signs": (
+        {"split_by_unicode_script": False, "split_by_number": False, "split_digits": False},
+        True,
+    ),
     "unigram": ({"model_type": "unigram"}, False),
     "normalizer": ({"normalization_rule_name": "nmt_nfkc"}, False),
     "extra spaces removed": ({"remove_extra_whitespaces": True}, False),
