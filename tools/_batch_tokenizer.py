@@ -19,11 +19,11 @@ import json
 import re
 import string
 from collections.abc import Callable, Iterable, Sequence
-from importlib import import_module
 from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
+from _sentencepiece_model import SPACE_MARK, entries, plain_bpe
 
 # Texts -> for each its ids [n], int32 or int64.
 BatchTokenizer = Callable[[Sequence[str]], list[np.ndarray]]
@@ -138,35 +138,22 @@ def _sentencepiece_cache(library: Any) -> PieceCache | None:
     puts before a text is put there by hand, so that other pieces get none.
     """
     try:
-        formats: Any = import_module("sentencepiece.sentencepiece_model_pb2")
-    except ImportError:  # of protobuf, which the sentencepiece package does not require
+        model = plain_bpe(library)
+    except ImportError:
         return None
-    model = formats.ModelProto()
-    model.ParseFromString(library.tokenizer.serialized_model_proto())
-    normalizer, trainer = model.normalizer_spec, model.trainer_spec
-    if (
-        library.legacy
-        or trainer.model_type != formats.TrainerSpec.BPE
-        or not (trainer.byte_fallback and normalizer.escape_whitespaces)
-        or normalizer.precompiled_charsmap
-        or normalizer.remove_extra_whitespaces
-        or trainer.treat_whitespace_as_suffix
-        or any(entry.type == entry.USER_DEFINED for entry in model.pieces)
-        or any(re.search("[^\u2581]\u2581|\n", entry.piece) for entry in model.pieces)
-    ):
+    across = re.compile(f"[^{SPACE_MARK}]{SPACE_MARK}|\n")
+    if model is None or any(map(across.search, entries(model))):
         return None
+    normalizer = model.normalizer_spec
     start = " " if normalizer.add_dummy_prefix else ""
     normalizer.add_dummy_prefix = False
     processor = type(library.tokenizer)(model_proto=model.SerializeToString())
-    # BPE makes no others; control symbols and bytes are never joined from characters.
-    made = [entry for entry in model.pieces if entry.type in (entry.NORMAL, entry.UNUSED)]
-    words = (entry.piece.lstrip("\u2581") for entry in made)
+    words = (word.lstrip(SPACE_MARK) for word in entries(model))
     letters = re.escape("".join(sorted(_joined(words, string.ascii_letters))))
     pieces = re.compile(f" *[{letters}]+|\n+| *[^ \n{letters}]+| +")
 
     def split(text: str) -> list[str]:
-        # U+2581 is how SentencePiece writes a space.
-        return [start + text] if "\u2581" in text else pieces.findall(start + text)
+        return [start + text] if SPACE_MARK in text else pieces.findall(start + text)
 
     return PieceCache(split, lambda pieces: processor.encode(pieces, num_threads=1))
 
