@@ -139,7 +139,7 @@ def _sentencepiece_cache(library: Any) -> PieceCache | None:
     """
     try:
         model = plain_bpe(library)
-    except ImportError:
+    except ImportError:  # of protobuf
         return None
     across = re.compile(f"[^{SPACE_MARK}]{SPACE_MARK}|\n")
     if model is None or any(map(across.search, entries(model))):

@@ -73,7 +73,7 @@ def test_models_of_other_kinds_are_refused(
     assert not (tmp_path / "hf").exists()
 
 
-def test_a_sentencepiece_model_after_training_with_another_tokenizer_is_refused(
+def test_a_folder_of_transformers_is_copied_and_takes_no_sentencepiece_model(
     llama_checkpoint: Path, tmp_path: Path, tokenizer_folder: Path, failure: Callable[..., str]
 ) -> None:
     save_llama(tmp_path / "llama", 512)
