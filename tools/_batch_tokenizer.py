@@ -158,9 +158,9 @@ def _sentencepiece_cache(library: Any) -> PieceCache | None:
     return PieceCache(split, lambda pieces: processor.encode(pieces, num_threads=1))
 
 
-def _joined(entries: Iterable[str], some: Iterable[str]) -> set[str]:
-    """Return the characters that stand beside some of these in an entry, or beside one of those."""
-    pairs = {pair for entry in entries for pair in pairwise(entry)}
+def _joined(words: Iterable[str], some: Iterable[str]) -> set[str]:
+    """Return these characters, all that stand beside one of them in a word, beside those, ..."""
+    pairs = {pair for word in words for pair in pairwise(word)}
     found = set(some)
     while more := {char for pair in pairs if found.intersection(pair) for char in pair} - found:
         found |= more

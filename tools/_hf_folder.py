@@ -160,8 +160,9 @@ def find_tokenizer(path: Path) -> Path | None:
     """Find a tokenizer at a path.
 
     Returns:
-        The folder that transformers reads, or SentencePiece's file at the path or in the folder:
-        transformers 5 leaves out the space before a text where that is all there is; or None.
+        The path, as a folder that transformers reads; or a SentencePiece model, which is the path
+        or all that the folder has (transformers 5 would leave out the space before a text); or
+        None.
     """
     if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return path

@@ -15,7 +15,7 @@ from typing import Any
 
 from _cli import ToolError
 
-SPACE_MARK = "\u2581"  # how SentencePiece writes one
+SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
 # Beside the entries of the vocabulary, in the texts on which two tokenizers are compared.
 _ODD = (" ", "  ", "\n", "\n\n", "\t", "\0", "e\u0301", "語", SPACE_MARK, "</s>")
 _TEXTS = 300
@@ -72,7 +72,8 @@ def write_for_transformers(tokenizer: Any, folder: Path) -> None:
     if model is None:
         raise ToolError(
             "transformers gets a SentencePiece model of LLaMA's kind only: BPE with byte fallback,"
-            " no normalizer, no extra white space removed, no symbols of the user"
+            " no normalizer, no extra white space removed, no symbols of the user; for another, give"
+            " a folder that transformers reads to --tokenizer-model"
         )
     _tokenizers_bpe(model).save(str(folder / "tokenizer.json"))
     library = tokenizer._tokenizer.tokenizer
