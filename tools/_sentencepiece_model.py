@@ -72,7 +72,7 @@ def write_for_transformers(tokenizer: Any, folder: Path) -> None:
     if model is None:
         raise ToolError(
             "transformers gets a SentencePiece model of LLaMA's kind only: BPE with byte fallback,"
-            " no normalizer, no extra white space removed, no symbols of the user; for another, give"
+            " no normalizer, no extra white space removed, no symbols of the user; for others, give"
             " a folder that transformers reads to --tokenizer-model"
         )
     _tokenizers_bpe(model).save(str(folder / "tokenizer.json"))

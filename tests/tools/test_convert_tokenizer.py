@@ -79,12 +79,10 @@ def test_a_folder_of_transformers_is_copied_and_takes_no_sentencepiece_model(
     save_llama(tmp_path / "llama", 512)
     shutil.copytree(tokenizer_folder, tmp_path / "llama", dirs_exist_ok=True)
     there = convert("megatron", tmp_path / "llama", tmp_path / "megatron")
-    flags = (
-        "--load",
-        there,
-        "--output",
-        tmp_path / "hf",
-        "--tokenizer-model",
-        llama_checkpoint.parent,
-    )
+    back = convert("hf", there, tmp_path / "back")
+    for file in tokenizer_folder.iterdir():
+        assert (back / file.name).read_bytes() == file.read_bytes()
+    assert len(AutoTokenizer.from_pretrained(back)) == 512
+    model = llama_checkpoint.parent / "tokenizer.model"
+    flags = ("--load", there, "--output", tmp_path / "hf", "--tokenizer-model", model)
     assert "but --tokenizer-type HuggingFaceTokenizer was trained with" in refusal(failure, *flags)
