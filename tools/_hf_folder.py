@@ -156,25 +156,27 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copy(source / name, folder / name)
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+def find_tokenizer(path: Path) -> Path | None:
+    """Find a tokenizer at a path.
+
+    Returns:
+        The path, as a folder that transformers reads; or a SentencePiece model, which is the path
+        or all that the folder has (transformers 5 would leave out the space before a text); or
+        None.
+    """
+    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return path
+    return next((file for file in (path, path / "tokenizer.model") if file.is_file()), None)
 
 
 def read_tokenizer(folder: Path) -> Any:
     """Load a tokenizer with transformers, from files only, without code of the folder.
 
     Raises:
-        ToolError: transformers cannot, or would by other rules than sentencepiece's.
+        ToolError: transformers cannot.
     """
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        # transformers 5 then leaves out the space before a text, whatever config.json says.
-        raise ToolError(
-            f"{folder}: tokenizer.model without tokenizer_config.json, which would give other "
-            'tokens; for LLaMA\'s put {"tokenizer_class": "LlamaTokenizer"} there'
-        )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each tokenizer library has errors of its own

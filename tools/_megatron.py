@@ -18,11 +18,11 @@ from typing import Any
 
 from _cli import ToolError
 
+# One tokenizer under three names.
+SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "Llama2Tokenizer", "GPTSentencePieceTokenizer")
 TOKENIZER_TYPES = (
     "HuggingFaceTokenizer",
-    "Llama2Tokenizer",
-    "SentencePieceTokenizer",
-    "GPTSentencePieceTokenizer",
+    *SENTENCEPIECE_TYPES,
     "GPT2BPETokenizer",
     "TikTokenizer",
     "NullTokenizer",

@@ -16,13 +16,15 @@ from _hf_folder import (
     PADDING,
     Writer,
     copy_tokenizer,
-    has_tokenizer,
+    find_tokenizer,
     read_tokenizer,
     save,
     write_json,
 )
 from _llama import EMBEDDING, TABLES, Weight, check_names, form_of, is_optimizer, progress, weights
 from _llama_config import choose_dtype, config_of, from_megatron, is_hybrid
+from _megatron import SENTENCEPIECE_TYPES, add_tokenizer_flags, build_tokenizer
+from _sentencepiece_model import write_for_transformers
 from _torch_dist import Checkpoint
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -49,14 +51,12 @@ def to_hf(args: argparse.Namespace) -> str:
     sizes = {key: tuple(entry.size) for key, entry in stored.items()}
     check_names(checkpoint.folder, sizes, {weight.key: weight.size for weight in found})
     dtype = choose_dtype(args.dtype, {entry.properties.dtype for entry in stored.values()})
-    source = _tokenizer_folder(args.tokenizer_model, trained)
-    tokenizer = read_tokenizer(source) if source else None
-    vocab = _vocabulary(args.vocab_size, tokenizer, model.vocab)
-    tokens = {name: getattr(tokenizer, name, None) for name in SPECIAL_TOKENS}
+    source = _tokenizer_source(args.tokenizer_model, trained)
     with new_folder(Path(args.output)) as folder:
+        tokenizer = _put_tokenizer(source, trained, folder) if source else None
+        vocab = _vocabulary(args.vocab_size, tokenizer, model.vocab)
+        tokens = {name: getattr(tokenizer, name, None) for name in SPECIAL_TOKENS}
         _write_weights(folder, checkpoint, found, vocab, dtype)
-        if source:
-            copy_tokenizer(source, folder)
         write_json(folder / GENERATION, tokens)
         config = config_of(model._replace(vocab=vocab), trained, dtype, tokens)
         write_json(folder / CONFIG, config)
@@ -64,13 +64,40 @@ def to_hf(args: argparse.Namespace) -> str:
     return f"{vocab} tokens, {model.vocab - vocab} rows of padding apart{missing}"
 
 
-def _tokenizer_folder(asked: str | None, trained: argparse.Namespace) -> Path | None:
-    """Find the tokenizer: what --tokenizer-model names, or that of the training, if it is here."""
-    if asked and not has_tokenizer(Path(asked)):
-        raise ToolError(f"no Hugging Face tokenizer in --tokenizer-model {asked}")
-    if not asked and trained.tokenizer_type == "HuggingFaceTokenizer":
-        asked = trained.tokenizer_model
-    return Path(asked) if asked and has_tokenizer(Path(asked)) else None
+def _tokenizer_source(asked: str | None, trained: argparse.Namespace) -> Path | None:
+    """Find the tokenizer: what --tokenizer-model names, or that of the training, if it is here.
+
+    Returns:
+        A folder that transformers reads, or SentencePiece's .model file.
+    """
+    given = asked
+    if not asked and trained.tokenizer_type in ("HuggingFaceTokenizer", *SENTENCEPIECE_TYPES):
+        given = trained.tokenizer_model
+    found = find_tokenizer(Path(given)) if given else None
+    if asked and not found:
+        raise ToolError(f"no tokenizer at --tokenizer-model {asked}, nor a SentencePiece file")
+    return found
+
+
+def _put_tokenizer(source: Path, trained: argparse.Namespace, folder: Path) -> Any:
+    """Copy a folder's tokenizer, or write SentencePiece's as transformers reads it; return that."""
+    if source.is_dir():
+        copy_tokenizer(source, folder)
+        return read_tokenizer(source)
+    if trained.tokenizer_type == "HuggingFaceTokenizer":
+        raise ToolError(
+            f"{source}: a SentencePiece model, but --tokenizer-type HuggingFaceTokenizer was "
+            "trained with; give its folder to --tokenizer-model"
+        )
+    parser = argparse.ArgumentParser()
+    add_tokenizer_flags(parser, required=False)
+    flags = vars(parser.parse_args([]))
+    flags |= {name: value for name, value in vars(trained).items() if name in flags}
+    flags["tokenizer_model"] = str(source)
+    if trained.tokenizer_type not in SENTENCEPIECE_TYPES:
+        flags["tokenizer_type"] = SENTENCEPIECE_TYPES[0]
+    write_for_transformers(build_tokenizer(argparse.Namespace(**flags)), folder)
+    return read_tokenizer(folder)
 
 
 def _vocabulary(asked: int | None, tokenizer: Any, rows: int) -> int:

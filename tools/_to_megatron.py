@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from _checkpoint import RELEASE, TRACKER
 from _cli import new_folder
-from _hf_folder import PADDING, Tensors, has_tokenizer, open_padding, open_weights, read_config
+from _hf_folder import PADDING, Tensors, find_tokenizer, open_padding, open_weights, read_config
 from _llama import (
     EMBEDDING,
     FORMS,
@@ -21,6 +21,7 @@ from _llama import (
     weights,
 )
 from _llama_config import args_of, choose_dtype, from_hugging_face
+from _megatron import SENTENCEPIECE_TYPES
 from _torch_dist import COMMON, write_checkpoint
 
 PADDED_TO = 128  # as by default in Megatron
@@ -49,9 +50,9 @@ def to_megatron(args: argparse.Namespace) -> str:
     padding = _padding(source, model, dtype)
     padded = model._replace(vocab=model.vocab + len(padding[EMBEDDING]))
     trained = args_of(padded, form, config, dtype)
-    if has_tokenizer(source):
-        trained.tokenizer_type = "HuggingFaceTokenizer"
-        trained.tokenizer_model = str(source.resolve())
+    if tokenizer := find_tokenizer(source):
+        kind = "HuggingFaceTokenizer" if tokenizer.is_dir() else SENTENCEPIECE_TYPES[0]
+        trained.tokenizer_type, trained.tokenizer_model = kind, str(tokenizer.resolve())
     found = weights(padded, form)
     common = {"args": trained, "iteration": 0, "checkpoint_version": 3.0, "content_metadata": {}}
     objects = {**dict.fromkeys(extra_states(model, form)), COMMON: common}

@@ -18,6 +18,11 @@ A tensor that is not the model's, is missing or has another size is an error tha
 is a setting that LLaMA does not have. Weights are moved and never computed with: without --dtype
 they are the same bits, there and back.
 
+A SentencePiece model (--tokenizer-type Llama2Tokenizer and its like) becomes tokenizer.json, from
+which AutoTokenizer gives the ids of the training, compared on random texts: no BOS by itself, and
+</s> within a text is text. That is for models like LLaMA's, BPE without normalizer; others are
+refused, as transformers would read them by rules of its own.
+
 The vocabulary in Hugging Face's folder has the tokenizer's size. The rows by which Megatron pads it
 go to megatron_padding.safetensors beside the model, and from there come back bit for bit; without
 that file, padding is of zeros, to a multiple of 128. Megatron's cross-entropy counts the padding:
@@ -57,7 +62,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("to hf")
     add = group.add_argument
     add("--ckpt-step", type=int, help="iteration (default: the latest)")
-    add("--tokenizer-model", help="folder of the tokenizer (default: that of the training)")
+    add(
+        "--tokenizer-model",
+        help="folder of the tokenizer, or SentencePiece's .model (default: that of the training)",
+    )
     add("--vocab-size", type=int, help="tokens without padding (default: the tokenizer's)")
     group = parser.add_argument_group("to megatron")
     group.add_argument("--model", choices=FORMS, default="gpt", help="default: %(default)s")

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from training_runs import (
@@ -22,13 +23,13 @@ from training_runs import (
     python,
     tensors,
 )
+from transformers import AutoTokenizer
 
 TOOLS = REPOSITORY / "tools"
-sys.path.insert(0, str(TOOLS))
+sys.path[:0] = [str(TOOLS), str(REPOSITORY / "tests" / "tools")]
 
-import convert_checkpoint  # noqa: E402  (the tools' own modules need the path above)
-import preprocess_data  # noqa: E402
-import train_tokenizer  # noqa: E402
+import preprocess_data  # noqa: E402  (the tools' own modules need the path above)
+from llama_models import convert, train_sentencepiece  # noqa: E402
 
 PP2 = f"{TP1} --pipeline-model-parallel-size 2"
 # In fp32, with logits up to 3.6: measured 2.4e-6; losses 1.9e-6.
@@ -39,11 +40,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
-
-
-def convert(to: str, load: Path, output: Path, *flags: str) -> Path:
-    convert_checkpoint.main(["--to", to, "--load", str(load), "--output", str(output), *flags])
-    return output
 
 
 def differences(checkpoint: Path, folder: Path, *prefix: object) -> dict[str, float]:
@@ -58,10 +54,10 @@ def differences(checkpoint: Path, folder: Path, *prefix: object) -> dict[str, fl
 def trained(runs: TrainingRuns, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """From raw text to a run at TP 2 with grouped queries: the checkpoint, the data's prefix."""
     folder = tmp_path_factory.mktemp("text")
-    text, bpe = folder / "text.txt", folder / "bpe"
+    text = folder / "text.txt"
     text.write_text(inspect.getsource(inspect))
-    train_tokenizer.main(f"--input {text} --vocab-size 512 --output {bpe}".split())
-    flags = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {bpe}"
+    model = train_sentencepiece([text.read_text()], folder, vocab_size=512)
+    flags = f"--tokenizer-type Llama2Tokenizer --tokenizer-model {model}"
     output = f"--output-prefix {folder}/text --append-eod --workers 1"
     preprocess_data.main(f"--input {text} {output} {flags}".split())
     data = f"--data-path {folder}/text_text_document --split 100,0,0 {flags}"
@@ -76,6 +72,8 @@ def test_raw_text_becomes_a_hugging_face_model_and_megatrons_again(
 ) -> None:
     checkpoint, prefix = trained
     folder = convert("hf", checkpoint, tmp_path / "hf")
+    ids = AutoTokenizer.from_pretrained(folder)((prefix.parent / "text.txt").read_text()).input_ids
+    assert [*ids, 2] == np.fromfile(f"{prefix}.bin", dtype=np.uint16).tolist()
     figures = differences(checkpoint, folder, prefix)
     assert figures["logits"] <= SAME_LOGITS
     assert figures["losses"] <= SAME_LOSSES

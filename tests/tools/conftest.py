@@ -68,6 +68,17 @@ def whole(corpus: Path, hf_flags: list[str], tmp_path_factory: pytest.TempPathFa
     return prefix
 
 
+@pytest.fixture(scope="session")
+def llama_checkpoint(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Megatron's checkpoint of a model with a SentencePiece tokenizer of 600 tokens beside it."""
+    from llama_models import convert, save_llama, train_sentencepiece  # the import takes seconds
+
+    folder = tmp_path_factory.mktemp("llama")
+    save_llama(folder, vocab_size=600)
+    train_sentencepiece(texts, folder)
+    return convert("megatron", folder, folder / "megatron")
+
+
 @pytest.fixture
 def failure(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a tool that must fail, and return its error after the name of the tool.

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
 from _batch_tokenizer import PieceCache, batch_tokenizer, fingerprint
 from _megatron import add_tokenizer_flags, build_tokenizer
+from llama_models import train_sentencepiece
 
 # What the pattern, the cache or an added token could trip over, to be joined at random.
 PIECES = (
@@ -37,6 +37,7 @@ PIECES = (
         "\u0627",
     ),
     *("٣", "Ⅷ", "½", "☕", "👩\u200d💻", "🇩🇪", "<|endoftext|>", "<|padding|>"),
+    *("<s>", "<unk>", "<0x41>"),
 )
 
 
@@ -157,18 +158,14 @@ def test_piece_cache_is_bounded(
         assert all(len(piece) <= 32 for piece in encode._ids)
 
 
-# What LLaMA's model is, and one change each that the cache must not be used with.
-LLAMA = {
-    "model_type": "bpe",
-    "byte_fallback": True,
-    "normalization_rule_name": "identity",
-    "remove_extra_whitespaces": False,
-    "allow_whitespace_only_pieces": True,
-    "split_digits": True,
-}
+# Changes of LLaMA's settings, and whether the cache may be used.
 SENTENCEPIECE: dict[str, tuple[dict[str, Any], bool]] = {
     "llama": ({}, True),
     "no dummy prefix": ({"add_dummy_prefix": False}, True),
+    "joins letters and signs": (
+        {"split_by_unicode_script": False, "split_by_number": False, "split_digits": False},
+        True,
+    ),
     "unigram": ({"model_type": "unigram"}, False),
     "normalizer": ({"normalization_rule_name": "nmt_nfkc"}, False),
     "extra spaces removed": ({"remove_extra_whitespaces": True}, False),
@@ -184,16 +181,8 @@ def test_batch_tokenizer_equals_sentencepiece(
     name: str, tmp_path: Path, odd_texts: list[str], texts: list[str]
 ) -> None:
     changes, cached = SENTENCEPIECE[name]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in texts[:300] for line in text.splitlines()]),
-        model_prefix=str(tmp_path / "spm"),
-        vocab_size=600,
-        minloglevel=2,
-        **{**LLAMA, **changes},
-    )
-    tokenizer, _ = _build(
-        "--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", tmp_path / "spm.model"
-    )
+    model = train_sentencepiece(texts, tmp_path, **changes)
+    tokenizer, _ = _build("--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", model)
     encode = batch_tokenizer(tokenizer)
     assert isinstance(encode, PieceCache) == cached
     marked = [text + "\u2581 x \u2581\u2581" for text in odd_texts[:100]]

@@ -15,13 +15,13 @@ import _hf_folder
 import _llama
 import _to_hf
 import _to_megatron
-import convert_checkpoint
 import pytest
 import torch
 from _checkpoint import checkpoint_folder
 from _cli import ToolError
 from _llama_config import DTYPES, args_of, from_megatron
 from _torch_dist import COMMON, Checkpoint, write_checkpoint
+from llama_models import convert
 from safetensors.torch import load_file, save_file
 
 MODEL = _llama.Llama(2, 8, 12, heads=4, groups=2, head_dim=3, vocab=50, tied=False)
@@ -48,11 +48,6 @@ def folder(tmp_path: Path) -> Path:
         {name: torch.randn(size) for name, size in sizes.items()}, folder / "model.safetensors"
     )
     return folder
-
-
-def convert(to: str, load: Path, output: Path, *flags: str) -> Path:
-    convert_checkpoint.main(["--to", to, "--load", str(load), "--output", str(output), *flags])
-    return output
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
@@ -184,16 +179,6 @@ class Evil:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.mark),)
-
-
-def test_a_bare_sentencepiece_model_is_refused(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    there = convert("megatron", folder, tmp_path / "there")
-    (tmp_path / "tokenizer.model").touch()
-    words = ("hf", there, tmp_path / "out", "--tokenizer-model", str(tmp_path))
-    assert "without tokenizer_config.json" in refused(capsys, *words)
-    assert not (tmp_path / "out").exists()
 
 
 # An object of the model, and one in the place of a weight.

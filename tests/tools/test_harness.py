@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from evaluate import main
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from llama_models import convert
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
 TASK = """
@@ -54,23 +55,9 @@ def _documents(number: int, seed: int) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def model_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaMA of two layers, untrained."""
-    folder = tmp_path_factory.mktemp("hf")
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,  # far from uniform, so that choices differ
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def model_folder(llama_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA of two layers, untrained, as Megatron's checkpoint of it is converted."""
+    return convert("hf", llama_checkpoint, tmp_path_factory.mktemp("converted") / "hf")
 
 
 def _oracle(folder: Path, train: list[dict[str, Any]], test: list[dict[str, Any]]) -> float:

@@ -1,0 +1,88 @@
+"""tools/convert_checkpoint.py --to hf: the training's SentencePiece model for transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import convert_checkpoint
+import pytest
+import sentencepiece
+from llama_models import convert, save_llama, train_sentencepiece
+from tokenizers.normalizers import Strip
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+# What transformers' own LlamaTokenizer gives other ids for, and more.
+ODD = (
+    *(" a", "  a", "\n\n a  b", "a</s><s> <unk>", "<0x41>", "e\u0301 語 \u2581x\0", " " * 20 + "x"),
+    *("====", "=" * 99, "\n" * 9, " " * 99, "0" * 9),
+)
+
+
+def test_ids_are_those_of_sentencepiece(
+    llama_checkpoint: Path, tmp_path: Path, texts: list[str]
+) -> None:
+    folder = convert("hf", llama_checkpoint, tmp_path / "hf")
+    model = LlamaForCausalLM.from_pretrained(folder)
+    assert model.get_input_embeddings().weight.shape == (600, 32)
+    assert (folder / "megatron_padding.safetensors").is_file()
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+    library = sentencepiece.SentencePieceProcessor(str(llama_checkpoint.parent / "tokenizer.model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == 600
+    for text in (*texts, *ODD):
+        ids = library.encode(text)
+        assert tokenizer(text).input_ids == ids, repr(text)
+        assert tokenizer.decode(ids) == text.replace("\u2581", " ")
+
+
+def refusal(failure: Callable[..., str], *flags: object) -> str:
+    return failure(convert_checkpoint.main, "--to", "hf", *flags)
+
+
+def test_other_ids_are_refused(
+    llama_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Callable[..., str],
+) -> None:
+    # What LlamaTokenizer does, but to every text.
+    monkeypatch.setattr("tokenizers.normalizers.Prepend", lambda _: Strip(left=True, right=False))
+    line = refusal(failure, "--load", llama_checkpoint, "--output", tmp_path / "hf")
+    assert line.startswith("transformers would give other tokens than Megatron for ")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}]
+)
+def test_models_of_other_kinds_are_refused(
+    changes: dict[str, Any],
+    llama_checkpoint: Path,
+    tmp_path: Path,
+    texts: list[str],
+    failure: Callable[..., str],
+) -> None:
+    file = train_sentencepiece(texts, tmp_path, **changes)
+    flags = ("--load", llama_checkpoint, "--output", tmp_path / "hf", "--tokenizer-model", file)
+    assert "of LLaMA's kind only: BPE with byte fallback" in refusal(failure, *flags)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_folder_of_transformers_is_copied_and_takes_no_sentencepiece_model(
+    llama_checkpoint: Path, tmp_path: Path, tokenizer_folder: Path, failure: Callable[..., str]
+) -> None:
+    save_llama(tmp_path / "llama", 512)
+    shutil.copytree(tokenizer_folder, tmp_path / "llama", dirs_exist_ok=True)
+    there = convert("megatron", tmp_path / "llama", tmp_path / "megatron")
+    back = convert("hf", there, tmp_path / "back")
+    for file in tokenizer_folder.iterdir():
+        assert (back / file.name).read_bytes() == file.read_bytes()
+    assert len(AutoTokenizer.from_pretrained(back)) == 512
+    model = llama_checkpoint.parent / "tokenizer.model"
+    flags = ("--load", there, "--output", tmp_path / "hf", "--tokenizer-model", model)
+    assert "but --tokenizer-type HuggingFaceTokenizer was trained with" in refusal(failure, *flags)
