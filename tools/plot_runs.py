@@ -9,7 +9,7 @@ are the tag "lm loss", which is plain cross-entropy whatever objective trained t
 be compared; pale lines are the values of single steps, strong ones a running mean. The bars show
 the perplexity on held-out data; their second row, the change against the first run given. Where
 runs have a run_record.json beside their checkpoints, what differs between them is printed: flags,
-versions, git commit, data.
+versions, commits, data, tokenizer.
 """
 
 from __future__ import annotations
