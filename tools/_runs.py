@@ -19,6 +19,10 @@ _PLACES = ("--save", "--load", "--tensorboard-dir", "--data-cache-path")
 PERPLEXITIES = ("ppl", "ppl_high", "ppl_medium", "ppl_low")
 
 
+class NoCurve(ToolError):
+    """A run that has no values for the tag, such as one that ended before its first step."""
+
+
 class Run(NamedTuple):
     """What is drawn of one run."""
 
@@ -74,12 +78,14 @@ def read_run(folder: Path, tag: str) -> Run:
         tag: TensorBoard tag of the curve.
 
     Raises:
-        ToolError: the run has no such tag, or its evaluation.json is damaged.
+        NoCurve: the run has no such tag.
+        ToolError: its evaluation.json is damaged.
     """
     events = EventAccumulator(str(_events(folder)), size_guidance={"scalars": 0}).Reload()
     tags = sorted(events.Tags()["scalars"])
     if tag not in tags:
-        raise ToolError(f"{folder}: no values for the tag {tag!r}; it has {', '.join(tags)}")
+        has = ", ".join(tags) or "none"
+        raise NoCurve(f"{folder}: no values for the tag {tag!r}; its tags: {has}")
     # A resumed run has steps twice: the later value is the one that the training went on with.
     values = {scalar.step: scalar.value for scalar in events.Scalars(tag)}
     steps = np.array(sorted(values))

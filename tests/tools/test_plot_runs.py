@@ -105,6 +105,22 @@ def test_plot_runs_names_runs_of_one_name_by_their_folders(tmp_path: Path) -> No
         assert f"{tmp_path / parent / 'ce'}: 1.000" in output.read_text()
 
 
+def test_plot_runs_leaves_out_a_run_without_losses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write_run(tmp_path / "ce", [2.0, 1.0])
+    _write_run(tmp_path / "mile", [])  # ended before its first step
+    output = tmp_path / "runs.svg"
+    plt.rcParams["svg.fonttype"] = "none"
+    plot_runs.main([str(tmp_path), "--output", str(output)])
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert line.startswith(f"tools/plot_runs.py: left out {tmp_path / 'mile'}: no values for")
+    assert line.endswith("its tags: none")
+    assert said.out == f"{output}: 1 runs\n"
+    assert "cross-entropy: 1.500" in output.read_text()
+
+
 def test_plot_runs_refuses_what_it_cannot_draw(tmp_path: Path, failure: Failure) -> None:
     run = _write_run(tmp_path / "ce", [1.0], tag="mile loss")
     (tmp_path / "empty").mkdir()
@@ -112,7 +128,7 @@ def test_plot_runs_refuses_what_it_cannot_draw(tmp_path: Path, failure: Failure)
     flags = ("--output", picture)
     assert "no folder" in failure(plot_runs.main, tmp_path / "gone", *flags)
     assert "no TensorBoard events" in failure(plot_runs.main, tmp_path / "empty", *flags)
-    assert "'lm loss'; it has mile loss" in failure(plot_runs.main, run, *flags)
+    assert "'lm loss'; its tags: mile loss" in failure(plot_runs.main, run, *flags)
     (run / "evaluation.json").write_text("[1")
     tagged = ("--tag", "mile loss", *flags)
     assert "not an evaluation" in failure(plot_runs.main, run, *tagged)
