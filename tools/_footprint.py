@@ -131,22 +131,20 @@ def _tokens(args: argparse.Namespace) -> int:
 def _cost_rows(args: argparse.Namespace) -> float:
     """Bytes that EMO needs beside the logits.
 
-    Of the output layer the norm of each row in fp32, and of a fixed matrix its rows in the model's
-    dtype, and a table of all cosines where there is room. Without a table, the targets' rows.
+    An fp32 scale for each cost row of the shard; the rows themselves if they are a fixed matrix's,
+    or a copy of the output layer's in fp16. And the products of all rows where they have room, else
+    the rows of the targets.
     """
     if args.mile_objective != "emo":
         return 0
-    shard, size = (
-        args.padded_vocab_size / args.tensor_model_parallel_size,
-        args.params_dtype.itemsize,
-    )
-    width = _cost_width(args)
-    kept = shard * (width * size if _is_fixed(args) else 4)
-    return kept + (_table(args) or _tokens(args) * width * size)
+    row = _cost_width(args) * args.params_dtype.itemsize
+    owns_rows = _is_fixed(args) or args.params_dtype == torch.float16
+    kept = args.padded_vocab_size / args.tensor_model_parallel_size * (4 + row * owns_rows)
+    return kept + (_table(args) or _tokens(args) * row)
 
 
 def cost_flops(args: argparse.Namespace) -> int:
-    """FLOPs of a step for the product that makes EMO's cosines; 0 where a table has them.
+    """FLOPs of a step for EMO's product of target and cost rows; 0 where a table has it.
 
     Raises:
         ToolError: the cost matrix cannot be read.
@@ -164,7 +162,7 @@ def _is_fixed(args: argparse.Namespace) -> bool:
 
 
 def _table(args: argparse.Namespace) -> int:
-    """Bytes of the table of all cosines; 0 if there is none."""
+    """Bytes of the table of all products; 0 if there is none."""
     from megatron_mile.integration.cost import TABLE_BYTES
 
     shard = args.padded_vocab_size // args.tensor_model_parallel_size

@@ -146,7 +146,7 @@ def test_estimate_counts_emo(figures: dict[str, Any]) -> None:
     tokens = found["tokens_per_step"]
     extra = found["flops_per_step"] - plain["flops_per_step"]
     assert extra == pytest.approx(2 * tokens * V * shape.h, rel=1e-9)
-    # The gradient beside the logits; fp32 norms of the shard's rows, and the targets' rows.
+    # The gradient beside the logits; fp32 scales of the shard's rows, and the targets' rows.
     micro_batch, parts = 4 * shape.s, figures["variants"]["emo"]
     assert parts["logits"] == micro_batch * V / 2 * 2 * 2
     assert parts["cost_rows"] == V / 2 * 4 + micro_batch * shape.h * 2
@@ -155,12 +155,18 @@ def test_estimate_counts_emo(figures: dict[str, Any]) -> None:
     assert rows[2, 1] == pytest.approx(found["memory_gib"]["total"])
 
 
-def test_estimate_counts_what_a_fixed_matrix_holds(figures: dict[str, Any]) -> None:
-    large, small = figures["cost rows"]["32000"], figures["cost rows"]["1000"]
-    assert large["estimated"] == large["held"] == 2 * 64 * (32000 + 4 * 1024)
-    assert large["flops"] == 2 * 1024 * 1024 * 32000 * 64
-    assert small["estimated"] == small["held"] == 2 * 1000 * (64 + 1000)
-    assert small["flops"] == 0
+def test_estimate_counts_what_cost_rows_hold(figures: dict[str, Any]) -> None:
+    found, tokens = figures["cost rows"], 4 * 1024
+    expected = {
+        "32000": 32000 * (2 * 64 + 4) + tokens * 2 * 64,
+        "1000": 1000 * (2 * 64 + 4) + 1000 * 1000 * 2,
+        "--bf16": 32000 * 4 + tokens * 2 * 1024,
+        "--fp16": 32000 * (4 + 2 * 1024) + tokens * 2 * 1024,
+    }
+    assert {name: figure["estimated"] for name, figure in found.items()} == expected
+    assert {name: figure["held"] for name, figure in found.items()} == expected
+    assert found["32000"]["flops"] == 2 * 1024 * 1024 * 32000 * 64
+    assert found["1000"]["flops"] == 0
 
 
 def test_estimate_lists_the_layouts_that_fit(figures: dict[str, Any]) -> None:
