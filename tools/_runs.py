@@ -157,7 +157,7 @@ def _commit(state: Mapping[str, Any] | None) -> str:
 def _tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
     """A tokenizer's type, and the ends of its files' hashes, or its names if it has no files."""
     ends = [digest[-8:] for digest in tokenizer["files"].values()]
-    return " ".join([tokenizer["type"], *(ends or tokenizer["names"])])
+    return " ".join([str(tokenizer["type"]), *(ends or tokenizer["names"])])
 
 
 def _data_name(pair: Mapping[str, Any]) -> str:

@@ -107,7 +107,7 @@ def changed_data(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[
         changes.append(_change(_names(before), _names(now), "content, weights or --split"))
     one, other = before.get("tokenizer"), now.get("tokenizer")
     if one and other and _tokenizer_content(one) != _tokenizer_content(other):
-        called = [" ".join([each["type"], *each["names"]]) for each in (one, other)]
+        called = [" ".join([str(each["type"]), *each["names"]]) for each in (one, other)]
         changes.append("tokenizer " + _change(called[0], called[1], "content"))
     return changes
 

@@ -97,23 +97,32 @@ def fork_save_helper() -> None:
 def wait(running: set[int], timeout_s: float) -> int:
     """Wait for all ranks; once one has failed, or time is up, end the others."""
     code, deadline = 0, time.monotonic() + timeout_s
-    while running:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            running.discard(pid)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)  # what a killed rank has left behind
-            if status and not code:
-                code = os.waitstatus_to_exitcode(status)
-                deadline = time.monotonic() + GRACE_S
-        elif time.monotonic() > deadline:
-            code = code or TIMED_OUT
-            for alive in running:
-                os.kill(alive, signal.SIGKILL)
-            deadline += timeout_s
-        else:
-            time.sleep(0.02)
+    try:
+        while running:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                running.discard(pid)
+                end(pid)  # what a killed rank has left behind
+                if status and not code:
+                    code = os.waitstatus_to_exitcode(status)
+                    deadline = time.monotonic() + GRACE_S
+            elif time.monotonic() > deadline:
+                code = code or TIMED_OUT
+                for alive in running:
+                    os.kill(alive, signal.SIGKILL)
+                deadline += timeout_s
+            else:
+                time.sleep(0.02)
+    finally:
+        for alive in running:  # after Ctrl-C
+            end(alive)
     return code
+
+
+def end(rank: int) -> None:
+    """Kill all processes of a rank's session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(rank, signal.SIGKILL)
 
 
 if __name__ == "__main__":
