@@ -25,6 +25,10 @@ RUN state='import torch; from importlib.metadata import version; \
     && test "$before" = "$(python -c "$state")" \
     && rm /tmp/base.txt /tmp/pins.txt
 
+# There is no .git here: the commit, for the record of each run.
+ARG COMMIT
+RUN if [ -n "${COMMIT:-}" ]; then echo "$COMMIT" > megatron_mile/COMMIT; fi
+
 # Any user may run it (docker run --user): caches go to a home that everybody can write.
 ENV HOME=/home/mile
 RUN useradd --create-home --uid 10001 mile \

@@ -10,7 +10,7 @@ import numbers
 import textwrap
 from typing import Any
 
-from megatron_mile.objectives import OBJECTIVES
+from megatron_mile.objectives import OBJECTIVES, UNWEIGHTED
 from megatron_mile.objectives.emo import MODES
 
 
@@ -104,6 +104,11 @@ class ObjectiveConfig:
                 f"entropy_grad=True with sigma=0 and gamma={self.gamma}: the weight's slope has no "
                 "bound at zero entropy; use sigma > 0, gamma >= 1, or entropy_grad=False"
             )
+
+    @property
+    def alpha_mode(self) -> str:
+        """How alpha is formed: `normalize`, or none where it is 1 anyway."""
+        return "none" if self.objective in UNWEIGHTED else self.normalize
 
 
 def _check_name(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -125,7 +125,7 @@ def reduce_loss(
             f"mask is {mask.dtype} {tuple(mask.shape)}; expected a real or bool tensor of the "
             f"loss's shape {tuple(out.loss.shape)}"
         )
-    alpha = normaliser(out.weight, mask * out.valid, config.normalize, group)
+    alpha = normaliser(out.weight, mask * out.valid, config.alpha_mode, group)
     count = mask.double().sum()
     mean = masked(out.loss, mask).sum() / torch.where(count == 0, 1, count)
     return (alpha * mean).to(out.loss.dtype)

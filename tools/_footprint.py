@@ -3,13 +3,15 @@
 Megatron's formulas (`megatron.training.theoretical_memory_usage`) are for bf16, attention that
 keeps no score matrix (flash attention), and the fullest pipeline stage. Taken from them: the
 parameters of that stage and the activations of its layers. Added here: the parts they do not tell
-apart, fp32, the second half of a gated MLP, recomputation of whole layers, and logits with loss.
-Not counted: what CUDA, NCCL and the allocator need for themselves.
+apart, fp32, the second half of a gated MLP, recomputation of whole layers, logits with loss, and
+what the cost matrix of EMO needs. Not counted: what CUDA, NCCL and the allocator need for
+themselves.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,8 @@ class Memory(NamedTuple):
     activations: float
     logits: float
     """Logits, their gradient, and what the loss adds."""
+    cost_rows: float
+    """What EMO keeps of its cost matrix, and the rows of a micro-batch's targets."""
 
     @property
     def total(self) -> float:
@@ -43,15 +47,16 @@ def memory(args: argparse.Namespace) -> Memory:
         args: what `_job.parse` returned.
 
     Raises:
-        ToolError: recomputation by another method than uniform.
+        ToolError: recomputation by another method than uniform, or a cost matrix that cannot be
+            read.
     """
     weights, gradients, optimizer = (shard_parameters(args) * size for size in _state_bytes(args))
-    first = _activations(args)
+    first, loss = _activations(args), (_logits(args), _cost_rows(args))
     if args.pipeline_model_parallel_size == 1:
-        return Memory(weights, gradients, optimizer, first, _logits(args))
+        return Memory(weights, gradients, optimizer, first, *loss)
     # The first stage keeps a micro-batch for each stage behind it; the last one has the logits.
     last = first / min(args.pipeline_model_parallel_size, micro_batches(args))
-    stages = (first, 0.0), (last, _logits(args))
+    stages = (first, 0.0, 0.0), (last, *loss)
     return Memory(weights, gradients, optimizer, *max(stages, key=sum))
 
 
@@ -104,17 +109,80 @@ def _logits(args: argparse.Namespace) -> float:
     """Bytes of the logits and of what the loss makes of them at its peak.
 
     Megatron's loss makes an fp32 copy of bf16 logits and from it their gradient; ours writes the
-    gradient over the logits (`extra_mib` in tools/bench/results.csv).
+    gradient over the logits, but not EMO's (`extra_mib` in tools/bench/results.csv).
     """
     from megatron_mile.linear import CHUNK_TOKENS
 
-    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
-    size = torch.finfo(args.params_dtype).bits // 8
+    tokens, size = _tokens(args), args.params_dtype.itemsize
     if args.mile_objective == "none":
         size = 4 if size == 4 else 4 + size
+    elif args.mile_objective == "emo":
+        size *= 2
     elif args.mile_fused_linear:
         tokens = min(tokens, CHUNK_TOKENS)
     return tokens * args.padded_vocab_size / args.tensor_model_parallel_size * size
+
+
+def _tokens(args: argparse.Namespace) -> int:
+    """Tokens of a micro-batch on one rank."""
+    return int(args.micro_batch_size * args.seq_length // args.context_parallel_size)
+
+
+def _cost_rows(args: argparse.Namespace) -> float:
+    """Bytes that EMO needs beside the logits.
+
+    An fp32 scale for each cost row of the shard; the rows themselves if they are a fixed matrix's,
+    or a copy of the output layer's in fp16. And the products of all rows where they have room, else
+    the rows of the targets.
+    """
+    if args.mile_objective != "emo":
+        return 0
+    row = _cost_width(args) * args.params_dtype.itemsize
+    owns_rows = _is_fixed(args) or args.params_dtype == torch.float16
+    kept = args.padded_vocab_size / args.tensor_model_parallel_size * (4 + row * owns_rows)
+    return kept + (_table(args) or _tokens(args) * row)
+
+
+def cost_flops(args: argparse.Namespace) -> int:
+    """FLOPs of a step for EMO's product of target and cost rows; 0 where a table has it.
+
+    Raises:
+        ToolError: the cost matrix cannot be read.
+    """
+    if args.mile_objective != "emo" or _table(args):
+        return 0
+    tokens = args.global_batch_size * args.seq_length
+    return int(2 * tokens * args.padded_vocab_size * _cost_width(args))
+
+
+def _is_fixed(args: argparse.Namespace) -> bool:
+    from megatron_mile.integration.arguments import OUTPUT_LAYER
+
+    return bool(args.mile_emo_cost != OUTPUT_LAYER)
+
+
+def _table(args: argparse.Namespace) -> int:
+    """Bytes of the table of all products; 0 if there is none."""
+    from megatron_mile.integration.cost import TABLE_BYTES
+
+    shard = args.padded_vocab_size // args.tensor_model_parallel_size
+    table = args.padded_vocab_size * shard * args.params_dtype.itemsize
+    return table if _is_fixed(args) and table <= TABLE_BYTES else 0
+
+
+def _cost_width(args: argparse.Namespace) -> int:
+    return _matrix_width(args.mile_emo_cost) if _is_fixed(args) else args.hidden_size
+
+
+@functools.cache
+def _matrix_width(path: str) -> int:
+    from megatron_mile.integration.cost_files import read_matrix
+    from megatron_mile.integration.errors import MileError
+
+    try:
+        return read_matrix(path).size(1)
+    except MileError as error:
+        raise ToolError(str(error)) from error
 
 
 def _formula(name: str, args: argparse.Namespace, changes: dict[str, Any], *more: Any) -> float:

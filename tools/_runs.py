@@ -19,6 +19,10 @@ _PLACES = ("--save", "--load", "--tensorboard-dir", "--data-cache-path")
 PERPLEXITIES = ("ppl", "ppl_high", "ppl_medium", "ppl_low")
 
 
+class NoCurve(ToolError):
+    """A run that has no values for the tag, such as one that ended before its first step."""
+
+
 class Run(NamedTuple):
     """What is drawn of one run."""
 
@@ -74,12 +78,14 @@ def read_run(folder: Path, tag: str) -> Run:
         tag: TensorBoard tag of the curve.
 
     Raises:
-        ToolError: the run has no such tag, or its evaluation.json is damaged.
+        NoCurve: the run has no such tag.
+        ToolError: its evaluation.json is damaged.
     """
     events = EventAccumulator(str(_events(folder)), size_guidance={"scalars": 0}).Reload()
     tags = sorted(events.Tags()["scalars"])
     if tag not in tags:
-        raise ToolError(f"{folder}: no values for the tag {tag!r}; it has {', '.join(tags)}")
+        has = ", ".join(tags) or "none"
+        raise NoCurve(f"{folder}: no values for the tag {tag!r}; its tags: {has}")
     # A resumed run has steps twice: the later value is the one that the training went on with.
     values = {scalar.step: scalar.value for scalar in events.Scalars(tag)}
     steps = np.array(sorted(values))
@@ -118,14 +124,14 @@ def read_record(folder: Path) -> dict[str, str]:
     try:
         start = json.loads(found[0].read_text(encoding="utf-8"))["starts"][-1]
         blends = start["data"]["blends"]
-        git = start["git"] or {"commit": "none", "dirty": False}
         return {
             **_flags(shlex.split(start["command"])[1:]),
             **start["versions"],
             "device": start["device"],
             "processes": str(start["processes"]),
-            "git commit": git["commit"][:12] + ", changed since" * git["dirty"],
+            **{f"commit of {name}": _commit(state) for name, state in start["checkouts"].items()},
             "data": ", ".join(_data_name(pair) for blend in blends for pair in blend),
+            "tokenizer": _tokenizer_name(start["data"]["tokenizer"]),
         }
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ToolError(f"{found[0]}: not a run's record ({error!r})") from error
@@ -141,6 +147,17 @@ def _flags(words: Sequence[str]) -> dict[str, str]:
         else:
             flags[name] = f"{flags.get(name, '')} {word}".strip()
     return flags
+
+
+def _commit(state: Mapping[str, Any] | None) -> str:
+    """The start of a commit, and whether it says all."""
+    return state["commit"][:12] + ", changed since" * bool(state["dirty"]) if state else "none"
+
+
+def _tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
+    """A tokenizer's type, and the ends of its files' hashes, or its names if it has no files."""
+    ends = [digest[-8:] for digest in tokenizer["files"].values()]
+    return " ".join([str(tokenizer["type"]), *(ends or tokenizer["names"])])
 
 
 def _data_name(pair: Mapping[str, Any]) -> str:

@@ -8,13 +8,14 @@ r"""Estimates a training job before it runs: parameters, memory, steps, compute,
 environment variables; all other flags are Megatron's and win over them. Parameters are counted on
 Megatron's own model; FLOPs and the memory of weights and activations are by Megatron's own formulas
 (for flash attention, without what CUDA, NCCL and the allocator need). GPU-hours are FLOPs at the
-stated share of the stated peak. Nothing here was measured on a GPU.
+stated share of the stated peak. EMO's product with its cost rows and what it keeps of them are
+counted. Nothing here was measured on a GPU.
 
 The JSON: `size`, `parameters`, `gpus`, `layout` (`tp`, `pp`, `cp`, `dp`, `micro_batch`,
 `micro_batches`), `tokens_per_step`, `steps`, `tokens`, `flops_per_step`, `flops`, `mfu`,
 `peak_tflops`, `gpu_hours`, `hours`, `memory_gib` (`weights`, `gradients`, `optimizer`,
-`activations`, `logits`, `total`), `gpu_memory_gib`, `layouts` (a list of `tp`, `pp`, `dp`,
-`micro_batches`, `total_gib`, `fits`).
+`activations`, `logits`, `cost_rows`, `total`), `gpu_memory_gib`, `layouts` (a list of `tp`, `pp`,
+`dp`, `micro_batches`, `total_gib`, `fits`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from _cli import ToolError, new_parser, one_line_errors
-from _footprint import Memory, memory, micro_batches
+from _footprint import Memory, cost_flops, memory, micro_batches
 from _job import SIZES, build_shard, count_parameters, parse, size_flags
 from _megatron import megatron_module
 
@@ -84,7 +85,7 @@ def _work(job: argparse.Namespace, args: argparse.Namespace) -> dict[str, Any]:
     count = megatron_module("megatron.training.training").num_floating_point_operations
     tokens = job.global_batch_size * job.seq_length
     steps = job.train_iters or (job.train_samples or 0) // job.global_batch_size
-    flops = count(job, job.global_batch_size)
+    flops = count(job, job.global_batch_size) + cost_flops(job)
     gpu_hours = flops * steps / (args.mfu * args.peak_tflops * 1e12) / 3600
     return {
         "tokens_per_step": tokens,

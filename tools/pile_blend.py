@@ -122,7 +122,8 @@ def _check_tokenizers(prefixes: Sequence[str]) -> None:
         first = first or (mark, str(path))
         if mark != first[0]:
             raise ToolError(
-                f"{path}: made with another tokenizer than {first[1]}; preprocess one of them again"
+                f"{path}: made with another tokenizer than {first[1]}; preprocess one of them "
+                "again, or, if you know that both give the same ids, remove one .info"
             )
 
 

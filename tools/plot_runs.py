@@ -7,22 +7,23 @@ A run is a folder with TensorBoard events in tensorboard/ (or in itself) and, fo
 evaluation.json of tools/evaluate.py; a folder of such folders stands for all of them. The curves
 are the tag "lm loss", which is plain cross-entropy whatever objective trained the run, so they can
 be compared; pale lines are the values of single steps, strong ones a running mean. The bars show
-the perplexity on held-out data; their second row, the change against the first run given. Where
-runs have a run_record.json beside their checkpoints, what differs between them is printed: flags,
-versions, git commit, data.
+the perplexity on held-out data; their second row, the change against the first run given. A run
+without the tag is left out, which a line on stderr says. Where runs have a run_record.json beside
+their checkpoints, what differs between them is printed: flags, versions, commits, data, tokenizer.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from _cli import ToolError, new_parser, one_line_errors
-from _runs import Run, differences, find_runs, read_record, read_run
+from _runs import NoCurve, Run, differences, find_runs, read_record, read_run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -156,15 +157,32 @@ def plot_runs(args: argparse.Namespace) -> None:
     Raises:
         ToolError: a run cannot be read, or the picture not be written.
     """
-    folders = find_runs([Path(run) for run in args.runs])
-    runs = [read_run(folder, args.tag) for folder in folders]
-    if len({run.name for run in runs}) < len(runs):
-        pairs = zip(runs, folders, strict=True)
-        runs = [run._replace(name=str(folder)) for run, folder in pairs]
-    draw(runs, args.tag, Path(args.output))
-    print(f"{args.output}: {len(runs)} runs")
-    records = {run.name: read_record(folder) for run, folder in zip(runs, folders, strict=True)}
+    read = _read([Path(run) for run in args.runs], args.tag)
+    if len({run.name for run in read.values()}) < len(read):
+        read = {folder: run._replace(name=str(folder)) for folder, run in read.items()}
+    draw([*read.values()], args.tag, Path(args.output))
+    print(f"{args.output}: {len(read)} runs")
+    records = {run.name: read_record(folder) for folder, run in read.items()}
     print(table(differences({name: record for name, record in records.items() if record})), end="")
+
+
+def _read(folders: Sequence[Path], tag: str) -> dict[Path, Run]:
+    """Read the runs that have a curve, by their folders.
+
+    Raises:
+        ToolError: a folder or a file in it cannot be used, or no run has a curve.
+    """
+    read, left_out = {}, []
+    for folder in find_runs(folders):
+        try:
+            read[folder] = read_run(folder, tag)
+        except NoCurve as error:
+            left_out.append(error)
+    if not read:
+        raise left_out[0]
+    for reason in left_out:
+        print(f"{PROG}: left out {reason}", file=sys.stderr)
+    return read
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -79,6 +79,7 @@ def save(tokenizer: Tokenizer, output: Path) -> None:
             "eos_token": END_OF_TEXT,
             "pad_token": PADDING,
             "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],  # LLaMA knows no other
         }
         (partial / FILES[0]).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(str(partial / FILES[1]))

@@ -41,7 +41,8 @@ def check_pairs(prefixes: list[str]) -> None:
         if len(first) > 1:
             one, other = first.values()
             raise MileError(
-                f"{other}: made with another tokenizer than {one}; preprocess one of them again"
+                f"{other}: made with another tokenizer than {one}; preprocess one of them again, "
+                "or, if you know that both give the same ids, remove one .info"
             )
 
 

@@ -25,12 +25,13 @@ from megatron_mile.integration.errors import MileError
 from megatron_mile.integration.install import METHOD, attach, install, resolve
 from megatron_mile.integration.loss_func import wrap_forward_step
 from megatron_mile.integration.models import unwrap
-from megatron_mile.integration.record import changed_data, with_record
+from megatron_mile.integration.record import with_record
 from megatron_mile.integration.refusals import (
     refuse_models,
     refuse_replaced_loss,
     refuse_settings,
 )
+from megatron_mile.integration.run_data import changed_data
 from megatron_mile.integration.telemetry import describe, start_block
 from megatron_mile.linear import CHUNK_TOKENS
 from megatron_mile.ops import dispatch

@@ -171,8 +171,8 @@ class _Reduction:
             return loss_func(output_tensor, *args, **kwargs)
         stats = window.take(model, self.config)
         mask = _loss_mask(loss_func, stats)
-        group = _alpha_group(model, self.config.normalize)
-        alpha = normaliser(stats.weight, mask * stats.valid, self.config.normalize, group)
+        group = _alpha_group(model, self.config.alpha_mode)
+        alpha = normaliser(stats.weight, mask * stats.valid, self.config.alpha_mode, group)
         # A masked token may hold a label that nobody owns: its NaN must not reach the sum.
         objective = torch.where(mask != 0, alpha * output_tensor, 0)
         *results, report = loss_func(objective, *args, **kwargs)

@@ -1,14 +1,11 @@
-"""What a run was: `run_record.json` beside its checkpoints, and its data in each of them.
+"""What a run was: `run_record.json` beside its checkpoints, a list of its starts.
 
-The record lists the starts of a run: command line, versions, git commit and data. The data is known
-by its content, not by its path: size and SHA-256 of each .bin and .idx, of the whole file up to
-64 MiB, and of 64 blocks of 1 MiB at equal distances, first and last included, in a larger one.
-Of data in object storage only the name is known.
+Of each start: command line, versions, the commits of script, Megatron and this package where they
+come from checkouts, and data and tokenizer (`run_data`), which are stored in the checkpoints too.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -16,19 +13,19 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 import torch
 
+import megatron_mile
 from megatron_mile.integration.arguments import Namespace
-from megatron_mile.integration.data_files import check_pairs
 from megatron_mile.integration.errors import MileError
+from megatron_mile.integration.run_data import data_of
 
 RECORD = "run_record.json"
-BLOCK, BLOCKS = 1 << 20, 64
-_PACKAGES = ("megatron-core", "megatron-mile", "torch", "triton", "transformer-engine", "numpy")
+_PACKAGES = ("torch", "triton", "transformer-engine", "numpy")
 
 
 def with_record(host: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,85 +57,13 @@ def data_on_all_ranks(args: Namespace) -> Any:
         try:
             found[0] = data_of(args)
         except OSError as error:
-            found[1] = f"{error.filename}: {error.strerror}; check --data-path"
+            found[1] = f"{error.filename}: {error.strerror}; check --data-path or the tokenizer"
         except MileError as error:
             found[1] = str(error)
     torch.distributed.broadcast_object_list(found, src=0)
     if found[1]:
         raise MileError(found[1])
     return found[0]
-
-
-def data_of(args: Namespace) -> dict[str, Any]:
-    """Describe the data of a run.
-
-    Returns:
-        "split", and "blends": for each of one or three blends, a list of "prefix", "weight" and the
-        `fingerprint` of the .bin and .idx. Mock data has no blends.
-
-    Raises:
-        OSError: A file cannot be read.
-        MileError: `check_pairs` refuses it.
-    """
-    from megatron.training.utils import get_blend_and_blend_per_split
-
-    blend, per_split = get_blend_and_blend_per_split(args)
-    blends = [part for part in (per_split or [blend]) if part]
-    check_pairs([prefix for prefixes, _ in blends for prefix in prefixes if "://" not in prefix])
-    return {"split": args.split, "blends": [list(_pairs(*part)) for part in blends]}
-
-
-def _pairs(prefixes: list[str], weights: list[float] | None) -> Iterator[dict[str, Any]]:
-    for index, prefix in enumerate(prefixes):
-        ends = () if "://" in prefix else ("bin", "idx")
-        files = {end: fingerprint(f"{prefix}.{end}") for end in ends}
-        yield {"prefix": prefix, "weight": weights[index] if weights else None, **files}
-
-
-def fingerprint(path: str) -> str:
-    """Size in bytes and hash of a file, as the top of this module says.
-
-    Raises:
-        OSError: It cannot be read.
-    """
-    size = os.path.getsize(path)
-    last, digest = size - BLOCK, hashlib.sha256()
-    with open(path, "rb") as file:
-        for index in range(BLOCKS):
-            # Blocks follow each other without a gap in a file that is not larger than all of them.
-            file.seek(index * BLOCK if size <= BLOCK * BLOCKS else last * index // (BLOCKS - 1))
-            digest.update(file.read(BLOCK))
-    return f"{size}:{digest.hexdigest()}"
-
-
-def changed_data(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Name what differs between the data of a checkpoint and this job's.
-
-    Args:
-        stored: Megatron's args in the checkpoint.
-        current: those of this job.
-    """
-    before, now = stored.get("mile_data"), current.get("mile_data")
-    if not before or not now or _content(before) == _content(now):
-        return []
-    names = [_names(data) for data in (before, now)]
-    if names[0] == names[1]:
-        return [f"{names[0]}: content, weights or --split have changed"]
-    return [" -> ".join(names)]
-
-
-def _content(data: Mapping[str, Any]) -> list[Any]:
-    """What counts of the data: not where it lies, if its content is known; --split if it splits."""
-    blends = [
-        [{**pair, "prefix": None if "bin" in pair else pair["prefix"]} for pair in blend]
-        for blend in data["blends"]
-    ]
-    return [blends, data["split"] if len(blends) == 1 else None]
-
-
-def _names(data: Mapping[str, Any]) -> str:
-    names = [pair["prefix"] for blend in data["blends"] for pair in blend]
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") or "mock data"
 
 
 def write_record(args: Namespace) -> None:
@@ -164,6 +89,8 @@ def write_record(args: Namespace) -> None:
 
 def describe_start(args: Namespace) -> dict[str, Any]:
     """What it takes to do this start again."""
+    import megatron.core
+
     gpu = torch.cuda.get_device_name() if torch.version.cuda and torch.cuda.is_available() else None
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -172,8 +99,18 @@ def describe_start(args: Namespace) -> dict[str, Any]:
         "command": shlex.join(sys.argv),
         "processes": args.world_size,
         "device": gpu or "cpu",
-        "versions": {"python": platform.python_version(), **_versions()},
-        "git": git_state(os.path.dirname(os.path.abspath(sys.argv[0]))),
+        "versions": {
+            "python": platform.python_version(),
+            # Of what was imported: a checkout's is not the one that is installed.
+            "megatron-core": megatron.core.__version__.split("+")[0],
+            "megatron-mile": megatron_mile.__version__,
+            **_versions(),
+        },
+        "checkouts": {
+            "script": git_state(sys.argv[0]),
+            "megatron-core": git_state(megatron.core.__file__),
+            "megatron-mile": git_state(__file__) or noted_commit(),
+        },
         "data": args.mile_data,
     }
 
@@ -188,17 +125,33 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def git_state(folder: str) -> dict[str, Any] | None:
-    """Commit of the checkout that a folder is in, and whether files of it were changed since.
+def noted_commit() -> dict[str, Any] | None:
+    """The commit that the Dockerfile notes in the package, as its image has no checkout."""
+    path = os.path.join(os.path.dirname(megatron_mile.__file__), "COMMIT")
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return {"commit": file.read().strip(), "dirty": None}
+
+
+def git_state(file: str) -> dict[str, Any] | None:
+    """Commit of the checkout that holds a file, and whether any file of it was changed since.
 
     Returns:
-        "commit" and "dirty"; None where there is no checkout, or no git.
+        "commit" and "dirty"; None for a file that is not under version control (as what pip has
+        installed into a .venv of another's checkout), or without git.
     """
-    git = ("git", "-C", folder)
+    folder, name = os.path.split(os.path.abspath(file))
+
+    def git(*words: str) -> str:
+        command = ("git", "-C", folder, *words)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        options: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], **options).stdout
+        git("ls-files", "--error-unmatch", name)
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "-uno")),
+        }
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"commit": commit, "dirty": bool(changes)}

@@ -78,7 +78,7 @@ def refuse_unreadable_optimizer(args: Namespace) -> None:
 
 def refuse_unequal_microbatches(args: Namespace, config: ObjectiveConfig) -> None:
     """Stop where a per-micro-batch all-reduce of alpha would hang or count other tokens."""
-    if config.normalize not in ("global", "official"):
+    if config.alpha_mode not in ("global", "official"):
         return
     reason = None
     resized = [name for name in versions.UNEQUAL_MICROBATCHES if getattr(args, name, False)]

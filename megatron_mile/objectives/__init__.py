@@ -53,3 +53,5 @@ class _CrossEntropy:
 
 
 OBJECTIVES: dict[str, Objective] = {"ce": _CrossEntropy(), "mile": mile, "focal": focal, "emo": emo}
+# Whose weight is 1 for every token, so that alpha is 1 however it is formed.
+UNWEIGHTED = ("ce", "emo")

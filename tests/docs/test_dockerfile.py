@@ -7,6 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import megatron_mile
+from megatron_mile.integration.record import noted_commit
+
 ROOT = Path(__file__).resolve().parents[2]
 # With the lines joined that end in a backslash, as docker reads them.
 TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")
@@ -43,6 +48,19 @@ def test_dockerfile_builds_on_the_base_of_the_pinned_megatron() -> None:
 def test_dockerfile_ends_as_another_user_than_root() -> None:
     *_, last = re.findall(r"^USER (\S+)", TEXT, flags=re.M)
     assert f"useradd --create-home --uid {last} " in TEXT
+
+
+def test_dockerfile_notes_the_commit_where_a_record_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (line,) = re.findall(r"^RUN (if .*COMMIT.*)", TEXT, flags=re.M)
+    package = tmp_path / "megatron_mile"
+    package.mkdir()
+    monkeypatch.setattr(megatron_mile, "__file__", str(package / "__init__.py"))
+    for commit, noted in (("", None), ("abc", {"commit": "abc", "dirty": None})):
+        shell = ["bash", "-euo", "pipefail", "-c", line]
+        subprocess.run(shell, cwd=tmp_path, env={"COMMIT": commit}, check=True)
+        assert noted_commit() == noted
 
 
 def test_dockerfile_keeps_what_the_base_has(tmp_path: Path) -> None:

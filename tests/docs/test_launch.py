@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 LAUNCH = EXAMPLES / "launch.sh"
 SIZES = sorted((EXAMPLES / "sizes").glob("*.sh"))
-SCRIPTS = [LAUNCH, *SIZES, EXAMPLES / "slurm.sbatch"]
+SCRIPTS = [LAUNCH, *SIZES, EXAMPLES / "slurm.sbatch", EXAMPLES / "continue_with_emo.sh"]
 README = (EXAMPLES / "README.md").read_text(encoding="utf-8")
 # Nothing of the machine that runs the tests: no GPU, no virtual environment of the clone.
 PLAIN = {"PATH": "/usr/bin:/bin", "PYTHON": "python3"}
@@ -174,6 +174,19 @@ def test_launch_wants_an_objective_after_its_flag() -> None:
     assert (result.returncode, result.stderr) == (
         2, "examples/launch.sh: error: --mile-objective: expected a name, such as mile\n"
     )  # fmt: skip
+
+
+def test_continue_with_emo_resumes_where_there_is_something_to_resume(tmp_path: Path) -> None:
+    script, out = EXAMPLES / "continue_with_emo.sh", tmp_path / "out"
+    for exists in (False, True):
+        if exists:
+            out.mkdir()
+            (out / "latest_checkpointed_iteration.txt").write_text("2")
+        words = launch(script, "/start", str(out), "--mile-cpu", PYTHON="echo").stdout.split()
+        assert value(words, "--load") == (str(out) if exists else "/start")
+        assert ("--finetune" in words) is not exists
+        assert (value(words, "--save"), value(words, "--mile-emo-cost")) == (str(out), "/start")
+        assert words[-1] == "--mile-cpu"
 
 
 def test_slurm_script_asks_for_a_script() -> None:

@@ -150,13 +150,13 @@ def check_wrap_forward_step_finds_the_model_by_its_name() -> None:
 def check_alpha_over_ranks_needs_equal_micro_batches() -> None:
     """Without the launcher, which asks the flags, the built model is asked."""
     for name in ("hybrid_context_parallel", "dynamic_context_parallel", "gtp_weight_remat_size"):
-        for normalize in ("global", "local"):
-            config = ObjectiveConfig("mile", normalize=normalize)
+        for objective, normalize in (("mile", "global"), ("mile", "local"), ("ce", "global")):
+            config = ObjectiveConfig(objective, normalize=normalize)
             model = build_model()
             setattr(model.config, name, 2)
             attach(model, config)
             output, loss_func = wrap_forward_step(forward_step, config)(None, model)
-            if normalize == "global":
+            if (objective, normalize) == ("mile", "global"):
                 raises(MileError, "normalize global cannot be combined", loss_func, output)
             else:
                 loss_func(output)
@@ -209,6 +209,7 @@ def check_refuse_settings_names_the_flag() -> None:
     remat = Namespace(**calm, gtp_weight_remat_size=2)
     raises(MileError, "--mile-normalize local", refusals.refuse_settings, remat, MILE)
     refusals.refuse_settings(remat, ObjectiveConfig("mile", normalize="local"))
+    refusals.refuse_settings(remat, ObjectiveConfig("emo"))
 
 
 def check_refuse_models_that_keep_their_loss() -> None:

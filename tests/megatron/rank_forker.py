@@ -10,6 +10,7 @@ Jobs come as lines of JSON on stdin, {"argv": [script, ...], "logs": [path of ea
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -21,7 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ("megatron.training", "megatron.core.models.gpt", "torch.utils.tensorboard")
+PRELOADED = (
+    "megatron.training",
+    "megatron.core.models.gpt",
+    "megatron.core.tokenizers.text",  # and with it transformers
+    "torch.utils.tensorboard",
+)
 TIMED_OUT = 124
 # Long enough for the other ranks to fail by themselves with the same error.
 GRACE_S = 1.0
@@ -38,11 +44,15 @@ def main() -> None:
     for name in PRELOADED:
         with contextlib.suppress(ModuleNotFoundError):  # wheels before 0.17 lack megatron.training
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # collections in the ranks would touch, and so copy, all that was imported
     for line in sys.stdin:
         job = json.loads(line)
         if start(job):
             sys.argv = job["argv"]
             sys.path[0] = str(Path(sys.argv[0]).parent)
+            if "--save" in sys.argv:
+                fork_save_helper()
             runpy.run_path(sys.argv[0], run_name="__main__")
             return
 
@@ -64,7 +74,8 @@ def start(job: dict[str, Any]) -> bool:
 
 
 def become(rank: int, logs: list[str], port: int) -> None:
-    """Give this process the environment of a rank, and its log for stdout and stderr."""
+    """Give this process a session and the environment of a rank, its log for stdout and stderr."""
+    os.setsid()
     for name in ("RANK", "LOCAL_RANK"):
         os.environ[name] = str(rank)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
@@ -76,24 +87,42 @@ def become(rank: int, logs: list[str], port: int) -> None:
     os.dup2(log, 2)
 
 
+def fork_save_helper() -> None:
+    """Fork the process that holds a queue for Megatron's saves; a spawned one imports all again."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async.get_write_results_queue("fork")
+
+
 def wait(running: set[int], timeout_s: float) -> int:
     """Wait for all ranks; once one has failed, or time is up, end the others."""
     code, deadline = 0, time.monotonic() + timeout_s
-    while running:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            running.discard(pid)
-            if status and not code:
-                code = os.waitstatus_to_exitcode(status)
-                deadline = time.monotonic() + GRACE_S
-        elif time.monotonic() > deadline:
-            code = code or TIMED_OUT
-            for alive in running:
-                os.kill(alive, signal.SIGKILL)
-            deadline += timeout_s
-        else:
-            time.sleep(0.02)
+    try:
+        while running:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                running.discard(pid)
+                end(pid)  # what a killed rank has left behind
+                if status and not code:
+                    code = os.waitstatus_to_exitcode(status)
+                    deadline = time.monotonic() + GRACE_S
+            elif time.monotonic() > deadline:
+                code = code or TIMED_OUT
+                for alive in running:
+                    os.kill(alive, signal.SIGKILL)
+                deadline += timeout_s
+            else:
+                time.sleep(0.02)
+    finally:
+        for alive in running:  # after Ctrl-C
+            end(alive)
     return code
+
+
+def end(rank: int) -> None:
+    """Kill all processes of a rank's session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(rank, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from training_runs import (
     TP2,
     TrainingRuns,
     furthest,
-    python,
     tensors,
 )
 from transformers import AutoTokenizer
@@ -42,9 +41,11 @@ pytestmark = [
 ]
 
 
-def differences(checkpoint: Path, folder: Path, *prefix: object) -> dict[str, float]:
-    done = python(HERE / "convert_oracle.py", checkpoint, folder, *prefix)
-    assert done.returncode == 0, done.stderr[-2000:]
+def differences(
+    runs: TrainingRuns, checkpoint: Path, folder: Path, *prefix: Path
+) -> dict[str, float]:
+    done = runs.call(HERE / "convert_oracle.py", checkpoint, folder, *prefix)
+    assert done.returncode == 0, done.stdout[-2000:]
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     assert figures["scale"] > 3
     return figures
@@ -74,7 +75,7 @@ def test_raw_text_becomes_a_hugging_face_model_and_megatrons_again(
     folder = convert("hf", checkpoint, tmp_path / "hf")
     ids = AutoTokenizer.from_pretrained(folder)((prefix.parent / "text.txt").read_text()).input_ids
     assert [*ids, 2] == np.fromfile(f"{prefix}.bin", dtype=np.uint16).tolist()
-    figures = differences(checkpoint, folder, prefix)
+    figures = differences(runs, checkpoint, folder, prefix)
     assert figures["logits"] <= SAME_LOGITS
     assert figures["losses"] <= SAME_LOSSES
     config = json.loads((folder / "config.json").read_text())
@@ -100,7 +101,9 @@ def test_tp2_checkpoint_continues_at_other_layouts(runs: TrainingRuns) -> None:
 
 
 @pytest.mark.parametrize("form", ["gpt", "hybrid-local"])
-def test_hugging_face_model_becomes_megatrons(form: str, tmp_path: Path) -> None:
+def test_hugging_face_model_becomes_megatrons(
+    runs: TrainingRuns, form: str, tmp_path: Path
+) -> None:
     # Two query heads for a key, heads wider than hidden size / heads, padding from 250 to 256.
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -124,7 +127,7 @@ def test_hugging_face_model_becomes_megatrons(form: str, tmp_path: Path) -> None
             torch.nn.init.uniform_(weight, 0.5, 1.5)
     model.save_pretrained(tmp_path / "hf")
     checkpoint = convert("megatron", tmp_path / "hf", tmp_path / "megatron", "--model", form)
-    assert differences(checkpoint, tmp_path / "hf")["logits"] <= SAME_LOGITS
+    assert differences(runs, checkpoint, tmp_path / "hf")["logits"] <= SAME_LOGITS
     again = convert("hf", checkpoint, tmp_path / "again", "--vocab-size", "250")
     loaded = LlamaForCausalLM.from_pretrained(again).state_dict()
     before = model.state_dict()
@@ -142,7 +145,7 @@ def test_killed_in_a_save_loses_nothing_and_leaves_nothing_to_accept(
     half = killed.checkpoint / "iter_0000008"
     assert (half / ".metadata").is_file()
     words = ("--load", killed.checkpoint, "--ckpt-step", "8", "--data-prefix", trained[1])
-    assert "no metadata.json" in python(TOOLS / "evaluate.py", "--cpu", *words).stderr
+    assert "no metadata.json" in runs.call(TOOLS / "evaluate.py", "--cpu", *words).stdout
     with pytest.raises(SystemExit):
         convert("hf", killed.checkpoint, tmp_path / "hf", "--ckpt-step", "8")
     convert("hf", killed.checkpoint, tmp_path / "hf")

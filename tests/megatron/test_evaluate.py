@@ -17,10 +17,10 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def held_out(runs: TrainingRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pair of documents, and frequencies with bucket = id modulo 3."""
     folder = tmp_path_factory.mktemp("held_out")
-    assert python(HERE / "write_documents.py", folder / "text").returncode == 0
+    assert runs.call(HERE / "write_documents.py", folder / "text").returncode == 0
     content = {"vocab_size": VOCABULARY, "bucket": [index % 3 for index in range(VOCABULARY)]}
     (folder / "frequency.json").write_text(json.dumps(content))
     return folder
@@ -32,27 +32,28 @@ def test_evaluate_equals_a_plain_loop_over_logits_and_repeats_itself(
     folder = held_out
     checkpoint = runs.train(2, MILE, TP2, save=True).checkpoint
     command = f"--load {checkpoint} --data-prefix {folder}/text --cpu --micro-batch-size 7".split()
-    results = []
+    command += ["--token-frequency", str(folder / "frequency.json"), "--output"]
     # A Hugging Face folder whose tasks have no data here: the rest must run all the same.
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HOME", str(folder / "home"))
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text("{}")
-    command += ["--hf", str(folder / "hf"), "--tasks", "piqa"]
-    for name in ("first.json", "second.json"):
-        frequency = ("--token-frequency", folder / "frequency.json", "--output", folder / name)
-        done = python(EVALUATE, *command, *frequency)
-        assert done.returncode == 0, done.stderr
-        assert "cross-entropy" in done.stdout
-        assert "left out: no data for piqa (" in done.stderr
-        results.append(json.loads((folder / name).read_text()))
+    harness = ("--hf", folder / "hf", "--tasks", "piqa")
+    done = python(EVALUATE, *command, folder / "first.json", *harness)
+    assert done.returncode == 0, done.stderr
+    assert "cross-entropy" in done.stdout
+    assert "left out: no data for piqa (" in done.stderr
+    done = runs.call(EVALUATE, *command, folder / "second.json")
+    assert done.returncode == 0, done.stdout
+    results = [json.loads((folder / name).read_text()) for name in ("first.json", "second.json")]
     for result in results:
-        result.pop("seconds")
+        del result["seconds"]
+    assert results[0].pop("harness")["missing"]
     assert results[0] == results[1]
-    oracle_run = python(
+    oracle_run = runs.call(
         HERE / "evaluate_oracle.py", checkpoint, folder / "text", folder / "frequency.json", LENGTH
     )
-    assert oracle_run.returncode == 0, oracle_run.stderr
+    assert oracle_run.returncode == 0, oracle_run.stdout
     oracle = json.loads(oracle_run.stdout.splitlines()[-1])
     assert results[0]["tokens"] == sum(oracle["counts"]) > 10 * LENGTH
     assert (results[0]["vocab_size"], results[0]["padded_vocab_size"]) == (VOCABULARY, 256)
@@ -84,9 +85,10 @@ def test_evaluate_refuses_what_does_not_fit(
     )
     for load, data, frequency, message in cases:
         words = ["--load", load, "--data-prefix", data, "--output", tmp_path / "out.json"]
-        done = python(EVALUATE, *words, *(["--token-frequency", frequency] if frequency else []))
+        words += ["--token-frequency", frequency] if frequency else []
+        done = runs.call(EVALUATE, *words)
         assert done.returncode == 1
-        (line,) = [row for row in done.stderr.splitlines() if row.startswith("tools/evaluate.py")]
+        (line,) = [row for row in done.stdout.splitlines() if row.startswith("tools/evaluate.py")]
         assert message in line
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in done.stdout
     assert not (tmp_path / "out.json").exists()

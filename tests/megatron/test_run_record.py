@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -13,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_runs import HERE, MILE, STOP, TP2, Run, TrainingRuns, mile_errors
+from training_runs import EXAMPLE, HERE, MILE, STOP, TP2, Run, TrainingRuns, mile_errors
 
 from megatron_mile.integration.data_files import check_pairs
 from megatron_mile.integration.errors import MileError
-from megatron_mile.integration.record import changed_data, fingerprint, git_state
+from megatron_mile.integration.record import git_state
+from megatron_mile.integration.run_data import changed_data, fingerprint, tokenizer_of
 
 
 def starts(run: Run) -> list[dict[str, Any]]:
@@ -27,9 +29,12 @@ def starts(run: Run) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_resume_adds_a_start_and_refuses_other_data(runs: TrainingRuns) -> None:
+def test_resume_adds_a_start_and_refuses_other_data(runs: TrainingRuns, tmp_path: Path) -> None:
     prefix = runs.train(1, script=HERE / "write_documents.py").folder
+    vocabulary = tmp_path / "vocab.json"  # which NullTokenizer does not read
+    vocabulary.write_text("one")
     flags = MILE.replace("--mock-data", f"--data-path {prefix} --split 100,0,0")
+    flags += f" --vocab-file {vocabulary}"
     half = runs.train(2, TP2, flags, STOP, save=True)
     (start,) = starts(half)
     ((pair,),) = start["data"]["blends"]
@@ -37,15 +42,23 @@ def test_resume_adds_a_start_and_refuses_other_data(runs: TrainingRuns) -> None:
     digest = hashlib.sha256(Path(f"{prefix}.bin").read_bytes()).hexdigest()
     size = Path(f"{prefix}.bin").stat().st_size
     assert (pair["prefix"], pair["bin"]) == (str(prefix), f"{size}:{digest}")
+    (known,) = start["data"]["tokenizer"]["files"].values()
+    assert known == f"3:{hashlib.sha256(b'one').hexdigest()}"
     assert (start["iteration"], start["processes"]) == (0, 2)
     assert start["versions"]["torch"] == torch.__version__.split("+")[0]
     assert f"--data-path {prefix}" in start["command"]
     assert shlex.split(start["command"])[0].endswith("pretrain_gpt.py")
+    here = git_state(str(EXAMPLE))
+    checkouts = start["checkouts"]
+    assert checkouts["script"] == checkouts["megatron-mile"] == here
     again = f"--load {half.checkpoint} --save {half.checkpoint}"
+    vocabulary.write_text("two")
     other = runs.run(2, TP2, flags.replace("100,0,0", "99,1,0"), again)
     (error,) = mile_errors("\n".join(other.logs))
-    assert "trained with other data" in error
+    assert f"trained with other data: {prefix}: content, weights or --split changed; " in error
+    assert f"tokenizer NullTokenizer {vocabulary}: content changed; resume with the same" in error
     assert "--mile-allow-change" in error
+    vocabulary.write_text("one")
     assert other.code != 0
     assert len(starts(half)) == 1
     runs.train(2, TP2, flags, again)
@@ -68,8 +81,10 @@ def test_short_bin_cut_idx_and_mixed_tokenizers_are_named(tmp_path: Path) -> Non
     one.write_text('{"tokenizer": "x"}')
     check_pairs(pairs)
     two.write_text('{"tokenizer": "y"}')
-    with pytest.raises(MileError, match=f"^{two}: made with another tokenizer than {one}"):
+    with pytest.raises(MileError, match=f"^{two}: made with another tokenizer than {one}.*remove"):
         check_pairs(pairs)
+    one.unlink()
+    check_pairs(pairs)
     os.truncate(f"{pairs[0]}.bin", 15)
     with pytest.raises(MileError, match=f"^{pairs[0]}.bin: 15 bytes, but its .idx describes 16"):
         check_pairs(pairs[:1])
@@ -103,9 +118,9 @@ PAIR = {"prefix": "a/x", "weight": 0.3, "bin": "1:a", "idx": "2:b"}
     ("pair", "split", "change"),
     [
         ({"prefix": "b/x"}, "9,1,0", []),
-        ({"bin": "1:c"}, "9,1,0", ["a/x: content, weights or --split have changed"]),
+        ({"bin": "1:c"}, "9,1,0", ["a/x: content, weights or --split changed"]),
         ({"weight": 0.4, "prefix": "b"}, "9,1,0", ["a/x -> b"]),
-        ({}, "8,2,0", ["a/x: content, weights or --split have changed"]),
+        ({}, "8,2,0", ["a/x: content, weights or --split changed"]),
     ],
 )
 def test_changed_data_compares_content_and_not_places(
@@ -126,14 +141,44 @@ def test_changed_data_knows_object_storage_by_name() -> None:
     assert changed_data(one, two) == ["s3://a -> s3://b"]
 
 
+def data_with(kind: str, name: object) -> dict[str, Any]:
+    flags = argparse.Namespace(tokenizer_type=kind, tokenizer_model=str(name))
+    return {"mile_data": {"split": None, "blends": [], "tokenizer": tokenizer_of(flags)}}
+
+
+def tokenizer_folder(folder: Path, text: str) -> dict[str, Any]:
+    """The data of a job whose tokenizer lies in a folder with a model's weights."""
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(text)
+    (folder / "model.safetensors").write_text(str(folder))
+    return data_with("HuggingFaceTokenizer", folder)
+
+
+def test_changed_data_compares_the_files_of_a_tokenizer(tmp_path: Path) -> None:
+    one = tokenizer_folder(tmp_path / "a", "x")
+    assert list(one["mile_data"]["tokenizer"]["files"]) == [str(tmp_path / "a" / "tokenizer.json")]
+    assert changed_data(one, tokenizer_folder(tmp_path / "b", "x")) == []
+    assert changed_data(one, tokenizer_folder(tmp_path / "c", "y")) == [
+        f"tokenizer HuggingFaceTokenizer {tmp_path}/a -> HuggingFaceTokenizer {tmp_path}/c"
+    ]
+    hub = data_with("HuggingFaceTokenizer", "known/to-the-hub")
+    assert changed_data(hub, data_with("HuggingFaceTokenizer", "known/to-the-hub")) == []
+    assert len(changed_data(hub, data_with("HuggingFaceTokenizer", "another"))) == 1
+    assert len(changed_data(hub, data_with("SFTTokenizer", "known/to-the-hub"))) == 1
+    assert changed_data({"mile_data": {"split": None, "blends": []}}, one) == []
+
+
 def test_git_state_tells_a_changed_checkout(tmp_path: Path) -> None:
-    assert git_state(str(tmp_path)) is None
+    file = str(tmp_path / "file")
     (tmp_path / "file").write_text("one")
+    assert git_state(file) is None
     name = ("-c", "user.name=a", "-c", "user.email=a@example.org")
     for words in (("init", "-q"), ("add", "file"), (*name, "commit", "-qm", "first")):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
-    state = git_state(str(tmp_path))
+    state = git_state(file)
     assert state is not None
     assert (len(state["commit"]), state["dirty"]) == (40, False)
     (tmp_path / "file").write_text("two")
-    assert git_state(str(tmp_path)) == {**state, "dirty": True}
+    assert git_state(file) == {**state, "dirty": True}
+    (tmp_path / "other").write_text("of nobody's commit")
+    assert git_state(str(tmp_path / "other")) is None

@@ -141,11 +141,11 @@ def test_launcher_patches_nothing_without_a_flag(tmp_path: Path) -> None:
 
 
 RUN_IS_WATCHED = """
-import json
+import json, sys
 from argparse import Namespace
 from megatron_mile.integration.errors import MileError
 from megatron_mile.launch import prepare
-prepare([FLAG, "somewhere"])
+prepare([sys.argv[1], "somewhere"])
 from megatron.core.models.gpt import GPTModel
 from megatron.training import checkpointing, global_vars, training
 global_vars.set_args(Namespace())
@@ -161,19 +161,22 @@ print(json.dumps([text, patched, training.setup_model_and_optimizer.__code__.co_
 
 
 @pytest.mark.parametrize("flag", ["--load", "--save"])
-def test_prepare_watches_a_resume_and_records_the_run_without_a_flag(flag: str) -> None:
-    done = python("-c", RUN_IS_WATCHED.replace("FLAG", repr(flag)))
-    assert done.returncode == 0, done.stderr
+def test_prepare_watches_a_resume_and_records_the_run_without_a_flag(
+    runs: TrainingRuns, tmp_path: Path, flag: str
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(RUN_IS_WATCHED)
+    done = runs.call(script, flag)
+    assert done.returncode == 0, done.stdout
     text, patched, setup = json.loads(done.stdout.splitlines()[-1])
     assert "trained with another objective: objective mile -> none" in text
     assert not patched
     assert setup.endswith("record.py")
 
 
+# For a process of the forker, which has called cpu.enable().
 CPU_MODE = """
 import torch
-from megatron_mile.integration import cpu
-cpu.enable()
 x = torch.zeros(2, device="cuda")
 moved = [x.to(0), torch.ones(2, device=0), x.cuda(), x.to("cuda:0"), x.to(torch.device("cuda"))]
 assert all(tensor.device.type == "cpu" for tensor in moved)
@@ -192,15 +195,18 @@ print("fine")
 """
 
 
-def test_cpu_mode_answers_for_the_gpu_and_leaves_the_cpu_generator_alone() -> None:
-    done = python("-c", CPU_MODE)
-    assert done.stdout.strip() == "fine", done.stderr
+def test_cpu_mode_answers_for_the_gpu_and_leaves_the_cpu_generator_alone(
+    runs: TrainingRuns, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(CPU_MODE)
+    assert runs.call(script).stdout.endswith("fine\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_script_without_gpu_fails_as_megatron_does() -> None:
     flags = [*MODEL.split(), *TP1.split(), *MILE.replace("--mile-cpu", "").split()]
-    done = torchrun(1, EXAMPLE, *flags)
+    done = python(EXAMPLE, *flags)
     assert done.returncode != 0
     assert "Megatron requires CUDA" in done.stderr
     assert "cpu mode" not in done.stdout

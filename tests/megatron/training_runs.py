@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,15 +125,25 @@ class TrainingRuns:
     ) -> Run:
         logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
         where = f"--save {folder}/checkpoint" if save else ""
-        argv = [str(script), *command_line(folder, *flags, where)]
-        job = {"argv": argv, "logs": [str(log) for log in logs], "timeout_s": TIMEOUT_S}
+        code = self._fork([script, *command_line(folder, *flags, where)], logs)
+        return Run(code, [log.read_text() for log in logs], folder, read_scalars(folder))
+
+    def call(self, script: Path, *words: object) -> subprocess.CompletedProcess[str]:
+        """Run any script in one process that has Megatron imported; stdout and stderr are one."""
+        log = self.folder / "call.log"
+        log.unlink(missing_ok=True)
+        code = self._fork([script, *words], [log])
+        return subprocess.CompletedProcess([script, *words], code, log.read_text())
+
+    def _fork(self, argv: Sequence[object], logs: Sequence[Path]) -> int:
+        """Let the forker run a script in as many ranks as there are logs; the exit code."""
+        job = {"argv": [*map(str, argv)], "logs": [*map(str, logs)], "timeout_s": TIMEOUT_S}
         assert self.forker.stdin
         assert self.forker.stdout
         print(json.dumps(job), file=self.forker.stdin, flush=True)
         answer = self.forker.stdout.readline()
         assert answer, (self.folder / "forker.log").read_text()
-        texts = [log.read_text() for log in logs]
-        return Run(int(answer), texts, folder, read_scalars(folder))
+        return int(answer)
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

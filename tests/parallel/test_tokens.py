@@ -42,9 +42,11 @@ def _batch(rank: int, masks: str) -> Batch:
     return Batch(logits, targets, torch.tensor(MASKS[masks][rank]).view(2, 3))
 
 
-def _reduce(masks: str, mode: str, group: dist.ProcessGroup | None) -> dict[str, Any]:
+def _reduce(
+    masks: str, mode: str, group: dist.ProcessGroup | None, objective: str = "mile"
+) -> dict[str, Any]:
     """Return this rank's alpha, loss and gradient, and the number of collectives for the loss."""
-    batch, config = _batch(dist.get_rank(), masks), ObjectiveConfig(normalize=mode)
+    batch, config = _batch(dist.get_rank(), masks), ObjectiveConfig(objective, normalize=mode)
     leaf = batch.logits.clone().requires_grad_()
     out = token_loss(leaf, batch.targets, config)
     alpha = normaliser(out.weight, batch.mask, mode, group)
@@ -57,12 +59,15 @@ def _reduce(masks: str, mode: str, group: dist.ProcessGroup | None) -> dict[str,
 
 def _work() -> dict[Any, Any]:
     groups = {"both": dist.group.WORLD, "alone": None}
-    return {
+    results: dict[Any, Any] = {
         (masks, mode, name): _reduce(masks, mode, group)
         for masks in MASKS
         for mode in MODES
         for name, group in groups.items()
     }
+    for mode in MODES:
+        results["ce", mode] = _reduce("unequal", mode, dist.group.WORLD, "ce")
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +150,7 @@ def test_reduce_loss_uses_one_collective_where_alpha_is_shared(ranks: list[dict[
         counts = {mode: result["unequal", mode, "both"]["collectives"] for mode in MODES}
         assert counts == {"global": 1, "local": 0, "none": 0, "official": 1}
         assert all(result["unequal", mode, "alone"]["collectives"] == 0 for mode in MODES)
+        assert all(result["ce", mode]["collectives"] == 0 for mode in MODES)  # alpha is 1
 
 
 def test_normaliser_sums_keep_their_digits_in_fp32() -> None:

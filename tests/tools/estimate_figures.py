@@ -15,13 +15,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import estimate
-from _footprint import memory, shard_parameters
-from _job import SIZES, build_shard, count_parameters, parse, size_flags
+import numpy as np
+import torch
+from _footprint import cost_flops, memory, shard_parameters
+from _job import SIZES, _named_ranks, build_shard, count_parameters, parse, size_flags
 
+EMO = ("--mile-objective", "emo")
 # More of the same flags, to see each branch of the memory estimate.
 VARIANTS = {
     "fp32": ["--mile-objective", "ce"],
     "host's loss": ["--mile-objective", "none"],
+    "emo": [*EMO],
     "fused": ["--mile-fused-linear"],
     "pipeline": ["--pipeline-model-parallel-size", "4"],
     "recompute": ["--recompute-granularity", "full", "--recompute-method", "uniform"],
@@ -39,6 +43,7 @@ REFUSED = (
     ["--size", "468m", "--tensor-model-parallel-size", "3", "--gpus", "6"],
     ["--num-layers", "2"],
     ["--size", "468m", "--hybrid-layer-pattern", "*-*-"],
+    ["--size", "468m", *EMO, "--mile-emo-cost", "/no.npy"],
 )
 
 
@@ -60,6 +65,52 @@ def variant(name: str, flags: list[str]) -> dict[str, float]:
     return memory(parse([*base, *flags], 16))._asdict()
 
 
+def cost_rows(folder: Path) -> dict[str, dict[str, float]]:
+    """EMO's memory at TP 1: estimated, and as the real objects hold it.
+
+    With fixed matrices of width 64, of too many tokens for a table and not; and with the output
+    layer's weight, which is not counted, in two dtypes.
+    """
+    from megatron_mile.integration.cost import fixed_rows
+    from megatron_mile.integration.cost_files import read_matrix
+    from megatron_mile.transport import CostRows
+
+    found = {}
+    for words in (32000, 1000):
+        path = folder / f"{words}.npy"
+        np.save(path, np.random.default_rng(0).standard_normal((words, 64), dtype=np.float32))
+        job = small_job("--bf16", "--mile-emo-cost", str(path), "--vocab-size", str(words))
+        model = torch.nn.Linear(1, 1, dtype=job.params_dtype)
+        model.vocab_size = job.padded_vocab_size
+        with _named_ranks(1):
+            cost = fixed_rows(read_matrix(str(path)), words, model)
+        found[f"{words}"] = compared(job, cost, model.weight)
+    for precision in ("--bf16", "--fp16"):
+        job = small_job(precision)
+        weight = torch.ones(job.padded_vocab_size, job.hidden_size, dtype=job.params_dtype)
+        found[precision] = compared(job, CostRows(weight), weight)
+    return found
+
+
+def small_job(*flags: str) -> Any:
+    base = [word for word in size_flags("468m") if word != "--bf16"]
+    sizes = ("--micro-batch-size", "4", "--make-vocab-size-divisible-by", "8")
+    return parse([*base, *EMO, *sizes, *flags], 1)
+
+
+def compared(job: Any, cost: Any, weight: torch.Tensor) -> dict[str, float]:
+    """The estimate beside the bytes of the tensors that the cost rows and the targets' hold."""
+    targets = cost.fetch(torch.zeros(job.micro_batch_size * job.seq_length, dtype=torch.long))
+    targets.products(slice(0, 1), None)
+    holders = [vars(cost), vars(targets) if cost.table is None else {}]
+    tensors = [x for each in holders for x in each.values() if isinstance(x, torch.Tensor)]
+    return {
+        "estimated": memory(job).cost_rows,
+        "held": sum(x.nbytes for x in tensors if x.data_ptr() != weight.data_ptr()),
+        "flops": cost_flops(job),
+    }
+
+
 def said(*words: str) -> tuple[str, str]:
     """What a command line of the tool prints, on stdout and on stderr."""
     streams = io.StringIO(), io.StringIO()
@@ -74,11 +125,15 @@ def said(*words: str) -> tuple[str, str]:
 
 if __name__ == "__main__":
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    output = Path(sys.argv[1])
+    found = {size: json.loads(said("--size", size, *AUTHORS[size])[0]) for size in SIZES}
     figures = {
         "counts": {size: {tp: counts(size, tp) for tp in (1, 2, 4, 8)} for size in SIZES},
         "variants": {name: variant(name, flags) for name, flags in VARIANTS.items()},
-        "json": {size: json.loads(said("--size", size, *AUTHORS[size])[0]) for size in SIZES},
-        "table": said("--size", "468m", "--gpus", "16")[0],
+        "json": found,
+        "emo": json.loads(said("--size", "6.7b", *AUTHORS["6.7b"], *EMO)[0]),
+        "cost rows": cost_rows(output.parent),
+        "table": estimate.report(found["468m"]),
         "refused": [said(*words)[1] for words in REFUSED],
     }
-    Path(sys.argv[1]).write_text(json.dumps(figures))
+    output.write_text(json.dumps(figures))

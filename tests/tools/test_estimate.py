@@ -108,6 +108,7 @@ def test_estimate_splits_the_memory(figures: dict[str, Any]) -> None:
         "optimizer": 12 * shard / 64,
         "activations": 4 * shape.s * (shape.layers * layer + rest) / 2,
         "logits": 4 * shape.s * V / 2 * 2,
+        "cost_rows": 0,
     }
     expected["total"] = sum(expected.values())
     assert {name: size * GIB for name, size in found["memory_gib"].items()} == pytest.approx(
@@ -138,6 +139,34 @@ def test_estimate_knows_the_variants(figures: dict[str, Any]) -> None:
     assert found["recompute"]["activations"] == pytest.approx(kept)
     assert found["context"]["activations"] == plain["activations"] / 2
     assert found["context"]["optimizer"] == plain["optimizer"]
+
+
+def test_estimate_counts_emo(figures: dict[str, Any]) -> None:
+    found, plain, shape = figures["emo"], figures["json"]["6.7b"], SHAPES["6.7b"]
+    tokens = found["tokens_per_step"]
+    extra = found["flops_per_step"] - plain["flops_per_step"]
+    assert extra == pytest.approx(2 * tokens * V * shape.h, rel=1e-9)
+    # The gradient beside the logits; fp32 scales of the shard's rows, and the targets' rows.
+    micro_batch, parts = 4 * shape.s, figures["variants"]["emo"]
+    assert parts["logits"] == micro_batch * V / 2 * 2 * 2
+    assert parts["cost_rows"] == V / 2 * 4 + micro_batch * shape.h * 2
+    assert found["memory_gib"]["cost_rows"] * GIB == parts["cost_rows"]
+    rows = {(row["tp"], row["pp"]): row["total_gib"] for row in found["layouts"]}
+    assert rows[2, 1] == pytest.approx(found["memory_gib"]["total"])
+
+
+def test_estimate_counts_what_cost_rows_hold(figures: dict[str, Any]) -> None:
+    found, tokens = figures["cost rows"], 4 * 1024
+    expected = {
+        "32000": 32000 * (2 * 64 + 4) + tokens * 2 * 64,
+        "1000": 1000 * (2 * 64 + 4) + 1000 * 1000 * 2,
+        "--bf16": 32000 * 4 + tokens * 2 * 1024,
+        "--fp16": 32000 * (4 + 2 * 1024) + tokens * 2 * 1024,
+    }
+    assert {name: figure["estimated"] for name, figure in found.items()} == expected
+    assert {name: figure["held"] for name, figure in found.items()} == expected
+    assert found["32000"]["flops"] == 2 * 1024 * 1024 * 32000 * 64
+    assert found["1000"]["flops"] == 0
 
 
 def test_estimate_lists_the_layouts_that_fit(figures: dict[str, Any]) -> None:
@@ -180,6 +209,7 @@ def test_estimate_refuses_in_one_line(figures: dict[str, Any]) -> None:
         "16 attention heads are no multiple of tensor parallel size 3",
         "assert args.micro_batch_size is not None",
         "only dense GPT models can be estimated",
+        "--mile-emo-cost /no.npy cannot be read: ",
     ]
     for reason, text in zip(reasons, figures["refused"], strict=True):
         (line,) = text.splitlines()

@@ -105,6 +105,22 @@ def test_plot_runs_names_runs_of_one_name_by_their_folders(tmp_path: Path) -> No
         assert f"{tmp_path / parent / 'ce'}: 1.000" in output.read_text()
 
 
+def test_plot_runs_leaves_out_a_run_without_losses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write_run(tmp_path / "ce", [2.0, 1.0])
+    _write_run(tmp_path / "mile", [])  # ended before its first step
+    output = tmp_path / "runs.svg"
+    plt.rcParams["svg.fonttype"] = "none"
+    plot_runs.main([str(tmp_path), "--output", str(output)])
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert line.startswith(f"tools/plot_runs.py: left out {tmp_path / 'mile'}: no values for")
+    assert line.endswith("its tags: none")
+    assert said.out == f"{output}: 1 runs\n"
+    assert "cross-entropy: 1.500" in output.read_text()
+
+
 def test_plot_runs_refuses_what_it_cannot_draw(tmp_path: Path, failure: Failure) -> None:
     run = _write_run(tmp_path / "ce", [1.0], tag="mile loss")
     (tmp_path / "empty").mkdir()
@@ -112,7 +128,7 @@ def test_plot_runs_refuses_what_it_cannot_draw(tmp_path: Path, failure: Failure)
     flags = ("--output", picture)
     assert "no folder" in failure(plot_runs.main, tmp_path / "gone", *flags)
     assert "no TensorBoard events" in failure(plot_runs.main, tmp_path / "empty", *flags)
-    assert "'lm loss'; it has mile loss" in failure(plot_runs.main, run, *flags)
+    assert "'lm loss'; its tags: mile loss" in failure(plot_runs.main, run, *flags)
     (run / "evaluation.json").write_text("[1")
     tagged = ("--tag", "mile loss", *flags)
     assert "not an evaluation" in failure(plot_runs.main, run, *tagged)
@@ -122,14 +138,22 @@ def test_plot_runs_refuses_what_it_cannot_draw(tmp_path: Path, failure: Failure)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ce", "empty"]
 
 
+def _data(prefix: str, digest: str, tokenizer: dict[str, str]) -> dict[str, object]:
+    return {
+        "split": None,
+        "blends": [[{"prefix": prefix, "bin": digest}]],
+        "tokenizer": {"type": "T", "names": ["of/hub"], "files": tokenizer},
+    }
+
+
 def _record(folder: Path, command: str, **others: object) -> None:
     start = {
         "command": f"train.py {command}",
         "versions": {"torch": "2.13.0"},
         "device": "cpu",
         "processes": 2,
-        "git": {"commit": "0123456789abcdef", "dirty": False},
-        "data": {"split": None, "blends": [[{"prefix": "data/x", "bin": "9:0123456789"}]]},
+        "checkouts": {"script": {"commit": "0123456789abcdef", "dirty": True}},
+        "data": _data("data/x", "9:0123456789", {"a/tokenizer.json": "5:000011112222"}),
     }
     old = {**start, "command": "train.py --lr 5"}  # of an earlier start, which does not count
     (folder / "checkpoints").mkdir()
@@ -140,16 +164,17 @@ def _record(folder: Path, command: str, **others: object) -> None:
 def test_plot_runs_prints_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [_write_run(tmp_path / name, [2.0, 1.0]) for name in ("one", "two", "three")]
     _record(runs[0], "--lr 1 --betas 0.9 0.95 --save a --swiglu")
-    data = {"split": None, "blends": [[{"prefix": "moved/x", "bin": "9:0123456780"}]]}
-    _record(runs[1], "--lr=2 --betas 0.9 0.99 --save b --data-cache-path c", git=None, data=data)
+    others = {"checkouts": {"script": None}, "data": _data("moved/x", "9:0123456780", {})}
+    _record(runs[1], "--lr=2 --betas 0.9 0.99 --save b --data-cache-path c", **others)
     plot_runs.main([*map(str, runs), "--output", str(tmp_path / "runs.png")])
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "differs     one           two",
-        "--lr        1             2",
-        "--betas     0.9 0.95      0.9 0.99",
-        "--swiglu    set           -",
-        "git commit  0123456789ab  none",
-        "data        x 23456789    x 23456780",
+        "differs           one                          two",
+        "--lr              1                            2",
+        "--betas           0.9 0.95                     0.9 0.99",
+        "--swiglu          set                          -",
+        "commit of script  0123456789ab, changed since  none",
+        "data              x 23456789                   x 23456780",
+        "tokenizer         T 11112222                   T of/hub",
     ]
     (runs[0] / "checkpoints" / "run_record.json").write_text('{"starts": []}')
     with pytest.raises(SystemExit):

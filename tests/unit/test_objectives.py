@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.objectives import OBJECTIVES
+from megatron_mile.objectives import OBJECTIVES, UNWEIGHTED
 
 # 0 is where powers are delicate, 1e-20 where 1 - p_y underflows unless expm1 is used, ln 32000 the
 # largest entropy at that vocabulary, 200 a hopeless target.
@@ -40,8 +40,12 @@ def test_focal_weight_is_never_nan_for_a_rounded_nll() -> None:
     assert _weight(config, -1e-7, 0.0) == 0
 
 
-def test_ce_weight_is_one() -> None:
-    assert _weight(ObjectiveConfig(objective="ce", gamma=5), 3.0, 3.0) == 1
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_unweighted_objectives_have_weight_one(name: str) -> None:
+    config = ObjectiveConfig(name, gamma=2.0)
+    weights = {_weight(config, nll, entropy) for nll in NATS for entropy in NATS}
+    assert (name in UNWEIGHTED) == (weights == {1})
+    assert config.alpha_mode == ("none" if name in UNWEIGHTED else "global")
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
