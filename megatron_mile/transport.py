@@ -200,12 +200,12 @@ class TransportLoss(torch.autograd.Function):
             costs.scale[:columns].to(shard.dtype),
             ctx.kept[..., :columns] if keeps else None,
         )
-        fields, coefficients, mean = weigh_transport(shard, sums, valid, config, group)
+        fields, coefficients = weigh_transport(shard, sums, valid, config, group)
         if inplace:
             # Whoever saved the logits must learn now, although the write waits for the backward.
             torch.autograd.graph.increment_version(logits)
         loss, *others = fields.unbind()
-        ctx.save_for_backward(logits, targets, shard[0], mean, coefficients)
+        ctx.save_for_backward(logits, targets, shard[0], others[-1], coefficients)
         ctx.mark_non_differentiable(*others)
         return loss, *others
 

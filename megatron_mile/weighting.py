@@ -89,7 +89,7 @@ def weigh_transport(
     valid: torch.Tensor,
     config: ObjectiveConfig,
     group: ProcessGroup | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return EMO's loss per token and the coefficients of this shard's gradient; one all_gather.
 
     With q = e^(z-m) / S, and a and b the factors of `emo.mix`, the gradient is
@@ -104,9 +104,8 @@ def weigh_transport(
         group: Tensor-parallel group; None for this rank alone.
 
     Returns:
-        (loss, nll, entropy, weight, DEMD), [5, ...] in the dtype of `shard`; and as
-        `Transport.transport_block_backward` takes them (flat, peak, slope), fp64 [3, ...], and
-        (DEMD, what its rounding left), [2, ...] in the dtype of `shard`.
+        (loss, nll, entropy, weight, DEMD), [5, ...] in the dtype of `shard`; and (flat, peak,
+        slope) as `Transport.transport_block_backward` takes them, fp64 [3, ...].
     """
     m, total, moment, z_y, rest, paid = join_stats(torch.cat([shard.double(), sums]), group)
     nll = torch.logaddexp(rest.log() - (z_y - m), torch.zeros_like(m))
@@ -120,8 +119,7 @@ def weigh_transport(
     peak = mixed.of_nll * torch.expm1(-nll) - mixed.of_distance * torch.exp(-nll) * distance
     shift = shard[0] - m
     scale = torch.where(shift > -torch.inf, shift, 0).exp()  # no finite logit: any finite shift
+    # The backward takes DEMD as rounded here: the large slopes must not meet what that leaves out.
+    flat = flat - slope * (distance - distance.to(shard.dtype))
     coefficients = torch.stack([scale * flat, peak, scale * slope])
-    rounded = distance.to(shard.dtype)
-    mean = torch.stack([rounded, (distance - rounded).to(shard.dtype)])
-    fields = fields.masked_fill(~valid, 0).to(shard.dtype)
-    return fields, coefficients.masked_fill(~valid, 0), mean
+    return fields.masked_fill(~valid, 0).to(shard.dtype), coefficients.masked_fill(~valid, 0)

@@ -94,10 +94,9 @@ class TransportContract:
     ) -> None:
         block = self.block(count, vocab, dtype)
         logits, products, scale, targets, m = block
-        flat, peak, slope, high, low = torch.randn(5, count, device=self.device, dtype=m.dtype)
-        mean = torch.stack([high, low])
+        flat, peak, slope, mean = torch.randn(4, count, device=self.device, dtype=m.dtype)
         exps, distances = true_block(logits, products, scale, torch.full_like(targets, -1), m)
-        pull = (distances - mean.double().sum(0).unsqueeze(-1)) * slope.double().unsqueeze(-1)
+        pull = (distances - mean.double().unsqueeze(-1)) * slope.double().unsqueeze(-1)
         expected = exps * (pull + flat.double().unsqueeze(-1))
         held = (targets >= 0).nonzero(as_tuple=True)
         expected[held[0], targets[held]] = peak[held].double()
@@ -112,7 +111,7 @@ class TransportContract:
         logits[1:] = torch.nan
         coefficients = torch.zeros(3, 4, device=self.device, dtype=m.dtype)
         coefficients[2, 3] = 1
-        out, mean = torch.empty_like(logits), torch.ones_like(coefficients[:2])
+        out, mean = torch.empty_like(logits), torch.ones_like(m)
         self.implementation.transport_block_backward(
             logits, products, scale, targets, m, mean, coefficients, out
         )

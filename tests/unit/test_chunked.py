@@ -72,9 +72,9 @@ class _Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_token_loss_inplace_allocates_little(dtype: torch.dtype) -> None:
-    # 2000 rows of 16000 columns: 250 blocks, so that their scratch counts little.
-    logits = torch.zeros(2000, 16000, dtype=dtype, requires_grad=True) * 1
-    targets = torch.randint(16000, (2000,))
+    # 4000 rows of 16000 columns: 250 blocks, so that their scratch counts little.
+    logits = torch.zeros(4000, 16000, dtype=dtype, requires_grad=True) * 1
+    targets = torch.randint(16000, (4000,))
     with _Allocations() as allocations:
         loss = token_loss(logits, targets, ObjectiveConfig(), inplace=True).loss.sum()
         torch.autograd.grad(loss, logits)

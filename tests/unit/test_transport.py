@@ -26,7 +26,7 @@ class TestChunked(TransportContract):
         monkeypatch.setattr(blocks, "_IN_CACHE", 150)  # a row at a time
         block = self.block(40, 127, dtype)
         m = block[-1]
-        mean, coefficients = torch.rand(2, 40, dtype=m.dtype), torch.randn(3, 40, dtype=m.dtype)
+        mean, coefficients = torch.rand_like(m), torch.randn(3, 40, dtype=m.dtype)
         grads = [torch.empty_like(block[0]) for _ in range(2)]
         reference.transport_block_backward(*block, mean, coefficients, grads[0])
         torch.set_num_threads(3)

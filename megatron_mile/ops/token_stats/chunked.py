@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_mile.ops.blocks import Block, correct_rows, row_blocks, rows_in_cache
+from megatron_mile.ops.blocks import Block, correct_rows, row_blocks, rows_in_cache, widened
 from megatron_mile.ops.threads import share_out
 from megatron_mile.ops.token_stats import reference
 
@@ -66,7 +66,7 @@ def token_stats_backward(
         for rows, (block, grad) in blocks:
             parts = scratch[:, : len(block)]
             if consumed:
-                _scale(_widened(block, parts[0]), factors[0, rows], grad, parts[0])
+                _scale(widened(block, parts[0]), factors[0, rows], grad, parts[0])
             else:
                 _block_gradient(block, anchor[rows], factors[:, rows], grad, parts)
 
@@ -92,17 +92,12 @@ def _anchor(m: torch.Tensor) -> torch.Tensor:
     return m.clamp(min=torch.finfo(m.dtype).min)
 
 
-def _widened(block: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    """Return the block in the scratch's dtype: itself, or copied into the scratch."""
-    return block if block.dtype == scratch.dtype else scratch.copy_(block)
-
-
 def _block_stats(
     block: torch.Tensor, scratch: torch.Tensor, kept: torch.Tensor | None, stats: torch.Tensor
 ) -> None:
     """Write (m, S, T) to `stats` [3, rows] and e^(z-m) to `kept`, which may be the block."""
     m, total, moment = stats
-    logits = _widened(block, scratch[0])
+    logits = widened(block, scratch[0])
     torch.amax(logits, -1, out=m)
     shifted = torch.sub(logits, _anchor(m).unsqueeze(-1), out=scratch[0])
     direct = kept is not None and kept.dtype == shifted.dtype
@@ -125,7 +120,7 @@ def _block_gradient(
 ) -> None:
     """Write e^(z-m) * (flat + tilt * (z-m)) of a block to `grad`, which may be the block."""
     flat, _, *tilt = coefficients
-    shifted = torch.sub(_widened(block, scratch[0]), anchor, out=scratch[0])
+    shifted = torch.sub(widened(block, scratch[0]), anchor, out=scratch[0])
     exps = torch.exp(shifted, out=scratch[1])
     factor = flat
     if tilt:

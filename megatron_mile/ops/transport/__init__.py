@@ -56,8 +56,8 @@ class Transport(Protocol):
             scale: As in the forward.
             targets: As in the forward.
             m: As in the forward.
-            mean: DEMD as a sum of two numbers, [2, n], in m's dtype; its difference from c comes
-                first because large slopes belong to rows where it is small.
+            mean: DEMD, [n], in m's dtype; its difference from c comes first because large slopes
+                belong to rows where it is small.
             coefficients: (flat, peak, slope), [3, n], in m's dtype. A row whose coefficients are
                 all 0 gets a gradient of exactly 0 whatever its logits hold.
             out: Where to write, [n, V]; may be the logits or the products.

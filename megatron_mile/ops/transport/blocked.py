@@ -73,15 +73,16 @@ def transport_backward(
         logits: As in the forward.
         targets: As in the forward.
         m: As in the forward.
-        mean: DEMD as a sum of two numbers, [2, ...], in m's dtype.
+        mean: DEMD, [...], in m's dtype.
         coefficients: (flat, peak, slope), [3, ...], in m's dtype.
         products: As in the forward; None where `out` holds them.
         scale: As in the forward.
         out: Where to write; may be the logits.
     """
-    flat_targets, maxima = targets.flatten(), m.flatten()
-    means, factors = mean.view(2, -1), coefficients.view(3, -1)
-    for tokens, (block, place) in _blocks(_BLOCK, logits.detach(), out):
+    flat_targets, maxima, means = targets.flatten(), m.flatten(), mean.flatten()
+    factors = coefficients.view(3, -1)
+    size = _KEPT_BLOCK if products is None else _BLOCK
+    for tokens, (block, place) in _blocks(size, logits.detach(), out):
         found = place if products is None else products(tokens, None)
         implementation.transport_block_backward(
             block,
@@ -89,7 +90,7 @@ def transport_backward(
             scale,
             flat_targets[tokens],
             maxima[tokens],
-            means[:, tokens],
+            means[tokens],
             factors[:, tokens],
             place,
         )

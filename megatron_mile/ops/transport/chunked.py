@@ -8,8 +8,11 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_mile.ops.blocks import Block, correct_rows, row_blocks, rows_in_cache
+from megatron_mile.ops.blocks import Block, correct_rows, row_blocks, rows_in_cache, widened
 from megatron_mile.ops.threads import share_out
+
+# Sum of e^(z-m) from which on no token has more than a quarter of the mass.
+_SPREAD = 4
 
 
 def transport_block(
@@ -20,7 +23,7 @@ def transport_block(
     m: torch.Tensor,
 ) -> torch.Tensor:
     """Return (R, D), [2, n]; see `megatron_mile.ops.transport.Transport`."""
-    sums = m.new_empty(2, len(m), dtype=torch.float64)
+    sums, exact = m.new_empty(2, len(m)), dict[int, float]()  # exact: D of some rows
     anchor, size = _anchor(m), rows_in_cache(logits)
     # Rows without a target here leave out a column of the scratch that no sum counts.
     left_out = torch.where(targets < 0, logits.size(-1), targets).unsqueeze(-1)
@@ -30,14 +33,19 @@ def transport_block(
         for rows, (block, given) in blocks:
             whole, distances = scratch[:, : len(block)]
             exps = whole[:, :-1]
-            torch.sub(block, anchor[rows], out=exps).exp_()
+            torch.sub(widened(block, exps), anchor[rows], out=exps).exp_()
             whole.scatter_(-1, left_out[rows], 0)
-            torch.sum(exps, -1, dtype=torch.float64, out=sums[0, rows])
             paid = _distances(given, scale, distances[:, :-1]).mul_(exps)
-            torch.sum(paid, -1, dtype=torch.float64, out=sums[1, rows])
+            torch.sum(exps, -1, out=sums[0, rows])
+            torch.sum(paid, -1, out=sums[1, rows])
+            for row, rest in enumerate(sums[0, rows].tolist()):
+                if 1 <= rest < _SPREAD:
+                    exact[rows.start + row] = _paid(rest, exps[row], paid[row])
 
     share_out(work, row_blocks(size, logits, products))
-    return sums
+    wide = sums.double()
+    wide[1, [*exact]] = wide.new_tensor([*exact.values()])
+    return wide
 
 
 def transport_block_backward(
@@ -53,20 +61,28 @@ def transport_block_backward(
     """Write the gradient, [n, V]; see `megatron_mile.ops.transport.Transport`."""
     anchor, size = _anchor(m), rows_in_cache(logits)
     flat, _, slope = coefficients.unsqueeze(-1)
-    high, low = mean.unsqueeze(-1)
 
     def work(blocks: Iterator[Block]) -> None:
         scratch = _scratch(logits, m.dtype, size)
         for rows, (block, given, grad) in blocks:
             exps, factors = scratch[:, : len(block), :-1]
             # Not addcmul_, which takes three times as long as both.
-            _distances(given, scale, factors).sub_(high[rows]).sub_(low[rows])
+            _distances(given, scale, factors).sub_(mean[rows].unsqueeze(-1))
             factors.mul_(slope[rows]).add_(flat[rows])
-            torch.sub(block, anchor[rows], out=exps).exp_()
+            torch.sub(widened(block, exps), anchor[rows], out=exps).exp_()
             grad.copy_(exps.mul_(factors))
 
     share_out(work, row_blocks(size, logits, products, out))
     correct_rows(out, targets, coefficients)
+
+
+def _paid(rest: float, exps: torch.Tensor, paid: torch.Tensor) -> float:
+    """Return D of a row [V] whose mass may lie on one token, exact in its ratio to the rounded R.
+
+    It is about that token's distance times R, and what is left of the sum is small.
+    """
+    distance = float(paid.sum() / rest)  # rounded as the operation below rounds it
+    return rest * distance + float(torch.sub(paid, exps, alpha=distance).sum())
 
 
 def _anchor(m: torch.Tensor) -> torch.Tensor:
@@ -81,5 +97,5 @@ def _scratch(logits: torch.Tensor, dtype: torch.dtype, rows: int) -> torch.Tenso
 
 def _distances(products: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Return c in `out`, [n, V]; a cosine may be rounded beyond 1."""
-    out.copy_(products)  # operations on bf16 and fp32 take longer than this and those on fp32
-    return torch.addcmul(out.new_ones(1), out, scale, value=-1, out=out).clamp_(0, 2)
+    given = widened(products, out)
+    return torch.addcmul(out.new_ones(1), given, scale, value=-1, out=out).clamp_(0, 2)

@@ -75,7 +75,7 @@ def transport_bwd_kernel(
     grad_column_stride: tl.tensor,
     targets: tl.tensor,  # [n] int64, read-only
     maxima: tl.tensor,  # [n] fp32, read-only: m
-    means: tl.tensor,  # [2, n] fp32, read-only: DEMD as a sum
+    means: tl.tensor,  # [n] fp32, read-only: DEMD
     coefficients: tl.tensor,  # [3, n] fp32, read-only: flat, peak, slope
     rows: tl.tensor,  # n
     columns: tl.tensor,  # V
@@ -96,8 +96,7 @@ def transport_bwd_kernel(
     cosine = product * tl.load(scale + cells, mask=inside, other=0.0)
     distance = tl.clamp(1.0 - cosine, 0.0, 2.0, propagate_nan=_PROPAGATE)
     value = tl.exp(z - tl.where(m == _MINUS_INF, 0.0, m))
-    difference = distance - tl.load(means + row) - tl.load(means + rows + row)
-    value *= flat + slope * difference
+    value *= flat + slope * (distance - tl.load(means + row))
     value = tl.where(cells == tl.load(targets + row), peak, value)
     # A select, because 0 * NaN of a row's logits is NaN.
     value = tl.where((flat == 0) & (peak == 0) & (slope == 0), 0.0, value)

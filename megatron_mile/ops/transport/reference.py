@@ -44,8 +44,7 @@ def transport_block_backward(
 ) -> None:
     """Write the gradient, [n, V]; see `megatron_mile.ops.transport.Transport`."""
     flat, peak, slope = coefficients.unsqueeze(-1)
-    high, low = mean.unsqueeze(-1)
-    grad = _distances(products, scale).sub_(high).sub_(low).mul_(slope).add_(flat)
+    grad = _distances(products, scale).sub_(mean.unsqueeze(-1)).mul_(slope).add_(flat)
     grad.mul_(_exps(logits, m))
     column = targets.clamp(min=0).unsqueeze(-1)
     grad.scatter_(-1, column, torch.where(targets.unsqueeze(-1) < 0, grad.gather(-1, column), peak))
