@@ -190,22 +190,21 @@ class TransportLoss(torch.autograd.Function):
         keeps = ctx.needs_input_grad[0] and not inplace and costs.matrix.dtype == logits.dtype
         ctx.kept = torch.empty_like(logits) if keeps else None
         inside = logits[..., :columns]
-        shard = statistics.token_stats(inside, targets)
-        sums = transport(
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        shard = transport(
             ctx.transport,
             inside,
             targets,
-            shard[0],
             partial(costs.products, columns=columns),
-            costs.scale[:columns].to(shard.dtype),
+            costs.scale[:columns].to(dtype),
             ctx.kept[..., :columns] if keeps else None,
         )
-        fields, coefficients = weigh_transport(shard, sums, valid, config, group)
+        fields, coefficients = weigh_transport(shard, valid, config, group, dtype)
         if inplace:
             # Whoever saved the logits must learn now, although the write waits for the backward.
             torch.autograd.graph.increment_version(logits)
         loss, *others = fields.unbind()
-        ctx.save_for_backward(logits, targets, shard[0], others[-1], coefficients)
+        ctx.save_for_backward(logits, targets, shard[0].to(dtype), others[-1], coefficients)
         ctx.mark_non_differentiable(*others)
         return loss, *others
 

@@ -85,10 +85,10 @@ def rebase(coefficients: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 def weigh_transport(
     shard: torch.Tensor,
-    sums: torch.Tensor,
     valid: torch.Tensor,
     config: ObjectiveConfig,
     group: ProcessGroup | None,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return EMO's loss per token and the coefficients of this shard's gradient; one all_gather.
 
@@ -97,17 +97,17 @@ def weigh_transport(
     mass beside the target, because mode 2 divides by it where it is small.
 
     Args:
-        shard: (m, S, T, z_y) of this shard, [4, ...].
-        sums: (R, D) of this shard, fp64 [2, ...].
+        shard: (m, S, T, z_y, R, D) of this shard, fp64 [6, ...].
         valid: bool [...]; other tokens get 0 throughout.
         config: The objective.
         group: Tensor-parallel group; None for this rank alone.
+        dtype: Of the fields.
 
     Returns:
-        (loss, nll, entropy, weight, DEMD), [5, ...] in the dtype of `shard`; and (flat, peak,
+        (loss, nll, entropy, weight, DEMD), [5, ...]; and (flat, peak,
         slope) as `Transport.transport_block_backward` takes them, fp64 [3, ...].
     """
-    m, total, moment, z_y, rest, paid = join_stats(torch.cat([shard.double(), sums]), group)
+    m, total, moment, z_y, rest, paid = join_stats(shard, group)
     nll = torch.logaddexp(rest.log() - (z_y - m), torch.zeros_like(m))
     entropy = (total.log() - moment / total).clamp(min=0)
     total = rest + torch.exp(z_y - m)
@@ -120,6 +120,6 @@ def weigh_transport(
     shift = shard[0] - m
     scale = torch.where(shift > -torch.inf, shift, 0).exp()  # no finite logit: any finite shift
     # The backward takes DEMD as rounded here: the large slopes must not meet what that leaves out.
-    flat = flat - slope * (distance - distance.to(shard.dtype))
+    flat = flat - slope * (distance - distance.to(dtype))
     coefficients = torch.stack([scale * flat, peak, scale * slope])
-    return fields.masked_fill(~valid, 0).to(shard.dtype), coefficients.masked_fill(~valid, 0)
+    return fields.masked_fill(~valid, 0).to(dtype), coefficients.masked_fill(~valid, 0)

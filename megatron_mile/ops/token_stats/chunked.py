@@ -28,17 +28,14 @@ def token_stats(logits: torch.Tensor, targets: torch.Tensor, consume: bool = Fal
     if logits.size(-1) == 0:
         return reference.token_stats(logits, targets)
     logits = logits.detach()
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    stats = logits.new_empty(4, targets.numel(), dtype=dtype)
-    z_y = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).flatten()
-    stats[3] = z_y.masked_fill(targets.flatten() < 0, torch.nan)
+    stats = target_logits(logits, targets)
     consume = consume and _holds_exps(logits.dtype)
 
     def work(blocks: Iterator[Block]) -> None:
-        scratch = _scratch(logits, dtype)
+        scratch = _scratch(logits, stats.dtype)
         for rows, (block,) in blocks:
             parts = scratch[:, : len(block)]
-            _block_stats(block, parts, block if consume else None, stats[:3, rows])
+            block_stats(block, parts, block if consume else None, stats[:3, rows])
 
     share_out(work, row_blocks(rows_in_cache(logits), logits))
     return stats.view(4, *targets.shape)
@@ -92,10 +89,23 @@ def _anchor(m: torch.Tensor) -> torch.Tensor:
     return m.clamp(min=torch.finfo(m.dtype).min)
 
 
-def _block_stats(
+def target_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return statistics of tokens, [4, T], of which only z_y is there yet."""
+    stats = logits.new_empty(
+        4, targets.numel(), dtype=torch.promote_types(logits.dtype, torch.float32)
+    )
+    z_y = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).flatten()
+    stats[3] = z_y.masked_fill(targets.flatten() < 0, torch.nan)
+    return stats
+
+
+def block_stats(
     block: torch.Tensor, scratch: torch.Tensor, kept: torch.Tensor | None, stats: torch.Tensor
 ) -> None:
-    """Write (m, S, T) to `stats` [3, rows] and e^(z-m) to `kept`, which may be the block."""
+    """Write (m, S, T) to `stats` [3, rows], and e^(z-m) to `kept`, which may be the block.
+
+    Without `kept` it is left in the second half of the scratch [2, rows, V].
+    """
     m, total, moment = stats
     logits = widened(block, scratch[0])
     torch.amax(logits, -1, out=m)

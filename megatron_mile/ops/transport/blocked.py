@@ -27,32 +27,29 @@ def transport(
     implementation: Transport,
     logits: torch.Tensor,
     targets: torch.Tensor,
-    m: torch.Tensor,
     products: Products,
     scale: torch.Tensor,
     kept: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return (R, D) of every token, fp64 [2, ...].
+    """Return (m, S, T, z_y, R, D) of every token, fp64 [6, ...].
 
     Args:
         implementation: What computes a block.
         logits: [..., V], any strides.
         targets: Local columns, int64 [...].
-        m: Maxima of the token statistics, [...].
         products: Where the products come from, tokens counted over all leading dimensions.
-        scale: Their factors, [V] in m's dtype.
+        scale: Their factors, [V] in the dtype of the arithmetic.
         kept: [..., V] in their dtype, filled with the products; None forgets them.
     """
-    sums = m.new_zeros(2, m.numel(), dtype=torch.float64)
-    flat_targets, maxima, logits = targets.flatten(), m.flatten(), logits.detach()
+    flat_targets, logits = targets.flatten(), logits.detach()
+    shard = logits.new_zeros(6, len(flat_targets), dtype=torch.float64)
+    shard[0], shard[3] = -torch.inf, torch.nan  # as without any column
     size = _BLOCK if kept is None else _KEPT_BLOCK
     for tokens, (block, *places) in _blocks(size, logits, kept):
         found = products(tokens, places[0] if places else None)
-        sums[:, tokens] = implementation.transport_block(
-            block, found, scale, flat_targets[tokens], maxima[tokens]
-        )
+        shard[:, tokens] = implementation.transport_block(block, found, scale, flat_targets[tokens])
         del found  # before the next block of them is made
-    return sums.view(2, *m.shape)
+    return shard.view(6, *targets.shape)
 
 
 def transport_backward(
@@ -72,7 +69,7 @@ def transport_backward(
         implementation: As in the forward.
         logits: As in the forward.
         targets: As in the forward.
-        m: As in the forward.
+        m: Maxima, [...], in the dtype of the arithmetic.
         mean: DEMD, [...], in m's dtype.
         coefficients: (flat, peak, slope), [3, ...], in m's dtype.
         products: As in the forward; None where `out` holds them.

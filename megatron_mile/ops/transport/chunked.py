@@ -10,6 +10,7 @@ import torch
 
 from megatron_mile.ops.blocks import Block, correct_rows, row_blocks, rows_in_cache, widened
 from megatron_mile.ops.threads import share_out
+from megatron_mile.ops.token_stats.chunked import block_stats, target_logits
 
 # Sum of e^(z-m) from which on no token has more than a quarter of the mass.
 _SPREAD = 4
@@ -20,22 +21,22 @@ def transport_block(
     products: torch.Tensor,
     scale: torch.Tensor,
     targets: torch.Tensor,
-    m: torch.Tensor,
 ) -> torch.Tensor:
-    """Return (R, D), [2, n]; see `megatron_mile.ops.transport.Transport`."""
-    sums, exact = m.new_empty(2, len(m)), dict[int, float]()  # exact: D of some rows
-    anchor, size = _anchor(m), rows_in_cache(logits)
+    """Return (m, S, T, z_y, R, D), [6, n]; see `megatron_mile.ops.transport.Transport`."""
+    stats = target_logits(logits, targets)
+    sums, exact = torch.empty_like(stats[:2]), dict[int, float]()  # exact: D of some rows
+    size = rows_in_cache(logits)
     # Rows without a target here leave out a column of the scratch that no sum counts.
     left_out = torch.where(targets < 0, logits.size(-1), targets).unsqueeze(-1)
 
     def work(blocks: Iterator[Block]) -> None:
-        scratch = _scratch(logits, m.dtype, size)
+        scratch = _scratch(logits, stats.dtype, size)
         for rows, (block, given) in blocks:
-            whole, distances = scratch[:, : len(block)]
-            exps = whole[:, :-1]
-            torch.sub(widened(block, exps), anchor[rows], out=exps).exp_()
-            whole.scatter_(-1, left_out[rows], 0)
-            paid = _distances(given, scale, distances[:, :-1]).mul_(exps)
+            parts = scratch[:, : len(block)]
+            distances, exps = parts[..., :-1]
+            block_stats(block, parts[..., :-1], None, stats[:3, rows])
+            parts[1].scatter_(-1, left_out[rows], 0)
+            paid = _distances(given, scale, distances).mul_(exps)
             torch.sum(exps, -1, out=sums[0, rows])
             torch.sum(paid, -1, out=sums[1, rows])
             for row, rest in enumerate(sums[0, rows].tolist()):
@@ -43,8 +44,8 @@ def transport_block(
                     exact[rows.start + row] = _paid(rest, exps[row], paid[row])
 
     share_out(work, row_blocks(size, logits, products))
-    wide = sums.double()
-    wide[1, [*exact]] = wide.new_tensor([*exact.values()])
+    wide = torch.cat([stats, sums]).double()
+    wide[5, [*exact]] = wide.new_tensor([*exact.values()])
     return wide
 
 

@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_mile.ops.token_stats.kernel import token_stats
+
 _MINUS_INF = tl.constexpr(-torch.inf)
 _PROPAGATE = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -113,11 +115,11 @@ def transport_block(
     products: torch.Tensor,
     scale: torch.Tensor,
     targets: torch.Tensor,
-    m: torch.Tensor,
 ) -> torch.Tensor:
-    """Return (R, D), [2, n]; see `megatron_mile.ops.transport.Transport`."""
+    """Return (m, S, T, z_y, R, D), [6, n]; see `megatron_mile.ops.transport.Transport`."""
     rows, columns = logits.shape
-    sums = m.new_empty(2, rows, dtype=torch.float64)
+    stats = token_stats(logits, targets)
+    sums = stats.new_empty(2, rows, dtype=torch.float64)
     block, warps = _launch_size(columns)
     with torch.cuda.device_of(logits):
         transport_fwd_kernel[(rows,)](
@@ -127,14 +129,14 @@ def transport_block(
             *products.stride(),
             scale.contiguous(),
             targets.contiguous(),
-            m.contiguous(),
+            stats[0],
             sums,
             rows,
             columns,
             BLOCK=block,
             num_warps=warps,
         )
-    return sums
+    return torch.cat([stats.double(), sums])
 
 
 def transport_block_backward(

@@ -2,6 +2,8 @@
 
 import torch
 
+from megatron_mile.ops.token_stats.reference import token_stats
+
 
 def _exps(logits: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     """Return e^(z-m) as a new [n, V] tensor in m's dtype; 0 where no logit is finite."""
@@ -19,17 +21,17 @@ def transport_block(
     products: torch.Tensor,
     scale: torch.Tensor,
     targets: torch.Tensor,
-    m: torch.Tensor,
 ) -> torch.Tensor:
-    """Return (R, D), [2, n]; see `megatron_mile.ops.transport.Transport`."""
-    exps = _exps(logits, m)
+    """Return (m, S, T, z_y, R, D), [6, n]; see `megatron_mile.ops.transport.Transport`."""
+    stats = token_stats(logits, targets)
+    exps = _exps(logits, stats[0])
     column = targets.clamp(min=0).unsqueeze(-1)
     # Without a target here all entries stay; else both sums leave it out.
     kept = torch.where(targets.unsqueeze(-1) < 0, exps.gather(-1, column), 0)
     exps.scatter_(-1, column, kept)
     rest = exps.sum(-1, dtype=torch.float64)
     paid = exps.mul_(_distances(products, scale))
-    return torch.stack([rest, paid.sum(-1, dtype=torch.float64)])
+    return torch.stack([*stats.double(), rest, paid.sum(-1, dtype=torch.float64)])
 
 
 def transport_block_backward(
