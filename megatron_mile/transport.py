@@ -27,8 +27,8 @@ from megatron_mile.parallel.rows import start_lookup, vocabulary_end
 from megatron_mile.parallel.vocab import local_targets, shard_range
 from megatron_mile.weighting import scale_coefficients, weigh_transport
 
-# Rows whose norms are taken at once.
-_NORM_ROWS = 4096
+# Rows whose norms are taken at once on a CPU, which first converts what it is given.
+_NORM_ROWS = 512
 SPENT = (
     "token_loss(inplace=True) has already written its gradient over the logits; use inplace=False "
     "to run the backward twice"
@@ -158,8 +158,8 @@ def _with_scale(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     in fp64, whose products may not fit in fp32, are copied and made unit length at once.
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
-    # By blocks, because a CPU first converts all that it is given.
-    norms = [torch.linalg.vector_norm(part, dim=1, dtype=wide) for part in rows.split(_NORM_ROWS)]
+    parts = rows.split(_NORM_ROWS) if rows.device.type == "cpu" else (rows,)
+    norms = [torch.linalg.vector_norm(part, dim=1, dtype=wide) for part in parts]
     scale = torch.cat(norms).reciprocal_()
     scale.masked_fill_(scale > torch.finfo(wide).tiny ** -0.5, 0)
     if rows.dtype in (torch.float32, torch.bfloat16):

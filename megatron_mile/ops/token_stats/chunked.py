@@ -63,7 +63,7 @@ def token_stats_backward(
         for rows, (block, grad) in blocks:
             parts = scratch[:, : len(block)]
             if consumed:
-                _scale(widened(block, parts[0]), factors[0, rows], grad, parts[0])
+                write_product(widened(block, parts[0]), factors[0, rows], grad, parts[0])
             else:
                 _block_gradient(block, anchor[rows], factors[:, rows], grad, parts)
 
@@ -135,10 +135,10 @@ def _block_gradient(
     factor = flat
     if tilt:
         factor = shifted.clamp_(min=reference.FLOOR).mul_(tilt[0]).add_(flat)
-    _scale(exps, factor, grad, exps)
+    write_product(exps, factor, grad, exps)
 
 
-def _scale(
+def write_product(
     exps: torch.Tensor, factor: torch.Tensor, grad: torch.Tensor, scratch: torch.Tensor
 ) -> None:
     """Write exps * factor to `grad`, rounded once if it is narrower than the scratch."""

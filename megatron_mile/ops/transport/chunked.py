@@ -10,7 +10,7 @@ import torch
 
 from megatron_mile.ops.blocks import Block, correct_rows, row_blocks, rows_in_cache, widened
 from megatron_mile.ops.threads import share_out
-from megatron_mile.ops.token_stats.chunked import block_stats, target_logits
+from megatron_mile.ops.token_stats.chunked import block_stats, target_logits, write_product
 
 # Sum of e^(z-m) from which on no token has more than a quarter of the mass.
 _SPREAD = 4
@@ -71,7 +71,7 @@ def transport_block_backward(
             _distances(given, scale, factors).sub_(mean[rows].unsqueeze(-1))
             factors.mul_(slope[rows]).add_(flat[rows])
             torch.sub(widened(block, exps), anchor[rows], out=exps).exp_()
-            grad.copy_(exps.mul_(factors))
+            write_product(exps, factors, grad, exps)
 
     share_out(work, row_blocks(size, logits, products, out))
     correct_rows(out, targets, coefficients)
