@@ -131,16 +131,17 @@ def _tokens(args: argparse.Namespace) -> int:
 def _cost_rows(args: argparse.Namespace) -> float:
     """Bytes that EMO needs beside the logits.
 
-    An fp32 scale for each cost row of the shard; the rows themselves if they are a fixed matrix's,
-    or a copy of the output layer's in fp16. And the products of all rows where they have room, else
-    the rows of the targets.
+    An fp32 scale for each cost row of the shard, and the rows themselves if they are a fixed
+    matrix's. Then the products of all rows where they have room; else the rows of the targets, and
+    in fp16 a copy of the shard's.
     """
     if args.mile_objective != "emo":
         return 0
     row = _cost_width(args) * args.params_dtype.itemsize
-    owns_rows = _is_fixed(args) or args.params_dtype == torch.float16
-    kept = args.padded_vocab_size / args.tensor_model_parallel_size * (4 + row * owns_rows)
-    return kept + (_table(args) or _tokens(args) * row)
+    table = _table(args)
+    copies = _is_fixed(args) + (args.params_dtype == torch.float16 and not table)
+    kept = args.padded_vocab_size / args.tensor_model_parallel_size * (4 + row * copies)
+    return kept + (table or _tokens(args) * row)
 
 
 def cost_flops(args: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from _footprint import cost_flops, memory, shard_parameters
 from _job import SIZES, _named_ranks, build_shard, count_parameters, parse, size_flags
+from torch.utils._pytree import tree_leaves
 
 EMO = ("--mile-objective", "emo")
 # More of the same flags, to see each branch of the memory estimate.
@@ -103,7 +104,8 @@ def compared(job: Any, cost: Any, weight: torch.Tensor) -> dict[str, float]:
     targets = cost.fetch(torch.zeros(job.micro_batch_size * job.seq_length, dtype=torch.long))
     targets.products(slice(0, 1), None)
     holders = [vars(cost), vars(targets) if cost.table is None else {}]
-    tensors = [x for each in holders for x in each.values() if isinstance(x, torch.Tensor)]
+    given = [x for x in tree_leaves(holders) if isinstance(x, torch.Tensor)]
+    tensors = {x.data_ptr(): x for x in given}.values()  # the rows are in both
     return {
         "estimated": memory(job).cost_rows,
         "held": sum(x.nbytes for x in tensors if x.data_ptr() != weight.data_ptr()),
