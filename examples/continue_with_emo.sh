@@ -17,6 +17,10 @@ if [ $# -lt 2 ]; then
 fi
 checkpoint=$1 out=$2
 shift 2
+if [ ! -d "$checkpoint" ] || [ "$checkpoint" -ef "$out" ]; then
+  echo "$0: CHECKPOINT is $checkpoint and OUT $out; expected a folder and another one" >&2
+  exit 2
+fi
 start=(--load "$checkpoint" --finetune)
 [ ! -f "$out/latest_checkpointed_iteration.txt" ] || start=(--load "$out")
 exec "${PYTHON:-python}" -m torch.distributed.run --nproc-per-node "${TP:-1}" \

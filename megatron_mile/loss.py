@@ -110,7 +110,7 @@ def reduce_loss(
         out: What `token_loss` returned.
         mask: Loss mask >= 0, shape of out.loss, any real or bool dtype. Tokens with mask 0
             contribute and receive exactly 0, even where their loss is NaN.
-        config: The objective; `config.normalize` says how alpha is formed.
+        config: The objective; `config.alpha_mode` says how alpha is formed.
         group: Ranks over which alpha is formed (data x context parallel); None for this rank alone.
 
     Returns:

@@ -38,9 +38,9 @@ SPENT = (
 class CostRows:
     """This shard's rows of EMO's cost matrix, c_k = 1 - cos(e_k, e_y).
 
-    A row of zeros (padding), or of a norm whose square under- or overflows, is at distance 1 from
-    every other. The rows are not copied and never get a gradient: every loss takes them as they are
-    when their norms are taken, at `fetch`. Products of them run in their dtype.
+    A row of zeros (padding), or of a norm whose square underflows, is at distance 1 from every
+    other. The rows never get a gradient. Every loss takes them as they are when their norms are
+    taken, at `fetch`, where fp16 and fp64 are copied. Products of them run in their dtype.
 
     Raises:
         ValueError: The rows are no floating matrix.

@@ -104,8 +104,8 @@ def weigh_transport(
         dtype: Of the fields.
 
     Returns:
-        (loss, nll, entropy, weight, DEMD), [5, ...]; and (flat, peak,
-        slope) as `Transport.transport_block_backward` takes them, fp64 [3, ...].
+        (loss, nll, entropy, weight, DEMD), [5, ...]; and (flat, peak, slope) as
+        `Transport.transport_block_backward` takes them, fp64 [3, ...].
     """
     m, total, moment, z_y, rest, paid = join_stats(shard, group)
     nll = torch.logaddexp(rest.log() - (z_y - m), torch.zeros_like(m))

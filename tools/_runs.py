@@ -133,7 +133,7 @@ def read_record(folder: Path) -> dict[str, str]:
             "data": ", ".join(_data_name(pair) for blend in blends for pair in blend),
             "tokenizer": _tokenizer_name(start["data"]["tokenizer"]),
         }
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ToolError(f"{found[0]}: not a run's record ({error!r})") from error
 
 

@@ -87,7 +87,8 @@ def _put_tokenizer(source: Path, trained: argparse.Namespace, folder: Path) -> A
     if trained.tokenizer_type == "HuggingFaceTokenizer":
         raise ToolError(
             f"{source}: a SentencePiece model, but --tokenizer-type HuggingFaceTokenizer was "
-            "trained with; give its folder to --tokenizer-model"
+            "trained with; put a tokenizer_config.json beside it, for LLaMA's "
+            '{"tokenizer_class": "LlamaTokenizer"}'
         )
     parser = argparse.ArgumentParser()
     add_tokenizer_flags(parser, required=False)
@@ -102,9 +103,13 @@ def _put_tokenizer(source: Path, trained: argparse.Namespace, folder: Path) -> A
 
 def _vocabulary(asked: int | None, tokenizer: Any, rows: int) -> int:
     """The number of tokens: --vocab-size, or the tokenizer's, or all rows that the model has."""
-    vocab = asked or (len(tokenizer) if tokenizer is not None else rows)
-    if not 1 <= vocab <= rows:
-        raise ToolError(f"a vocabulary of {vocab} does not fit the model, which has {rows} rows")
+    known = len(tokenizer) if tokenizer is not None else 1
+    vocab = asked or (rows if tokenizer is None else known)
+    if not known <= vocab <= rows:
+        raise ToolError(
+            f"a vocabulary of {vocab} does not fit the tokenizer, which has {known} tokens, and "
+            f"the model, which has {rows} rows"
+        )
     return vocab
 
 

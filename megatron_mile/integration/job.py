@@ -212,7 +212,7 @@ def _with_resume_check(host: Callable[..., Any]) -> Callable[..., Any]:
         stored, current = vars(checkpoint_args), vars(get_args())
         for changes, what, same in (
             (arguments.changed_settings(stored, current), "another objective", "--mile flags"),
-            (changed_data(stored, current), "other data", "data"),
+            (changed_data(stored, current), "other data or tokenizer", "ones"),
         ):
             if changes and not current.get("mile_allow_change", False):
                 raise MileError(

@@ -139,18 +139,19 @@ def git_state(file: str) -> dict[str, Any] | None:
 
     Returns:
         "commit" and "dirty"; None for a file that is not under version control (as what pip has
-        installed into a .venv of another's checkout), or without git.
+        installed into a .venv of another's checkout), in a checkout that git does not trust
+        because it is another user's, or without git.
     """
-    folder, name = os.path.split(os.path.abspath(file))
+    folder, name = os.path.split(os.path.realpath(file))
 
-    def git(*words: str) -> str:
-        command = ("git", "-C", folder, *words)
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    def git(*words: str) -> bytes:
+        command = ("git", "--no-optional-locks", "-C", folder, *words)
+        return subprocess.run(command, capture_output=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", name)
+        git("ls-files", "--error-unmatch", "--", f":(literal){name}")
         return {
-            "commit": git("rev-parse", "HEAD"),
+            "commit": git("rev-parse", "HEAD").decode(),
             "dirty": bool(git("status", "--porcelain", "-uno")),
         }
     except (OSError, subprocess.CalledProcessError):

@@ -7,7 +7,6 @@ larger one. Of what is no local file, such as data in object storage, only the n
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,10 @@ from megatron_mile.integration.data_files import check_pairs
 BLOCK, BLOCKS = 1 << 20, 64
 _TOKENIZER_FLAGS = ("tokenizer_model", "vocab_file", "merge_file")
 # In a folder that may hold a model's weights too.
-_TOKENIZER_FILES = ("*token*", "*vocab*", "*merges*", "*.model")
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "spiece.model", "tekken.json", "vocab.json", "vocab.txt", "merges.txt"),
+)
 
 
 def data_of(args: Namespace) -> dict[str, Any]:
@@ -71,9 +73,8 @@ def _files(name: str) -> list[str]:
     """The files of a tokenizer's file or folder; none of a name that the Hub knows."""
     if os.path.isfile(name):
         return [name]
-    inside = sorted(os.listdir(name)) if os.path.isdir(name) else []
-    known = [file for file in inside if any(fnmatch.fnmatch(file, p) for p in _TOKENIZER_FILES)]
-    return [path for path in (os.path.join(name, file) for file in known) if os.path.isfile(path)]
+    known = (os.path.join(name, file) for file in _TOKENIZER_FILES)
+    return [path for path in known if os.path.isfile(path)]
 
 
 def fingerprint(path: str) -> str:

@@ -11,7 +11,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -32,12 +32,19 @@ def share_out(work: Callable[[Iterator[T]], None], items: Iterable[T]) -> None:
         return work(_drain(queue))
     inference = torch.is_inference_mode_enabled()  # a state of the thread
 
-    def run(_: int) -> None:
-        with torch.inference_mode(inference):
-            work(_drain(queue))
+    def run() -> None:
+        try:
+            with torch.inference_mode(inference):
+                work(_drain(queue))
+        except BaseException:
+            queue.clear()  # the others stop too, and nobody writes after the caller goes on
+            raise
 
-    for _ in _pool(allowed, os.getpid()).map(run, range(threads)):
-        pass
+    pool = _pool(allowed, os.getpid())
+    futures = [pool.submit(run) for _ in range(threads)]
+    wait(futures)
+    for future in futures:
+        future.result()
 
 
 def _drain(queue: "deque[T]") -> Iterator[T]:

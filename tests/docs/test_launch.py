@@ -177,15 +177,20 @@ def test_launch_wants_an_objective_after_its_flag() -> None:
 
 
 def test_continue_with_emo_resumes_where_there_is_something_to_resume(tmp_path: Path) -> None:
-    script, out = EXAMPLES / "continue_with_emo.sh", tmp_path / "out"
+    script, out, start = EXAMPLES / "continue_with_emo.sh", tmp_path / "out", tmp_path / "start"
+    refused = launch(script, str(start), str(out), PYTHON="echo")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert f"CHECKPOINT is {start} and OUT {out}; expected a folder" in refused.stderr
+    start.mkdir()
+    assert launch(script, str(start), f"{start}/.", PYTHON="echo").returncode == 2
     for exists in (False, True):
         if exists:
             out.mkdir()
             (out / "latest_checkpointed_iteration.txt").write_text("2")
-        words = launch(script, "/start", str(out), "--mile-cpu", PYTHON="echo").stdout.split()
-        assert value(words, "--load") == (str(out) if exists else "/start")
+        words = launch(script, str(start), str(out), "--mile-cpu", PYTHON="echo").stdout.split()
+        assert value(words, "--load") == str(out if exists else start)
         assert ("--finetune" in words) is not exists
-        assert (value(words, "--save"), value(words, "--mile-emo-cost")) == (str(out), "/start")
+        assert (value(words, "--save"), value(words, "--mile-emo-cost")) == (str(out), str(start))
         assert words[-1] == "--mile-cpu"
 
 

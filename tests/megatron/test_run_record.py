@@ -55,7 +55,10 @@ def test_resume_adds_a_start_and_refuses_other_data(runs: TrainingRuns, tmp_path
     vocabulary.write_text("two")
     other = runs.run(2, TP2, flags.replace("100,0,0", "99,1,0"), again)
     (error,) = mile_errors("\n".join(other.logs))
-    assert f"trained with other data: {prefix}: content, weights or --split changed; " in error
+    assert (
+        f"trained with other data or tokenizer: {prefix}: content, weights or --split changed; "
+        in error
+    )
     assert f"tokenizer NullTokenizer {vocabulary}: content changed; resume with the same" in error
     assert "--mile-allow-change" in error
     vocabulary.write_text("one")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from emo_oracle import EmoTruth, emo_oracle, hard_cost_rows
+from emo_oracle import EmoTruth, certain_rows, emo_oracle, hard_cost_rows
 from helpers import error, hard_rows, run_ranks
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -23,6 +23,7 @@ SPLITS = {
     4: {"equal": [0, 32, 64, 96, 128], "ragged": [0, 1, 40, 40, 127]},
 }
 WIDTH = 24
+CERTAIN = [0, 1, 400, 400, 1003]
 
 
 def _shard(
@@ -89,6 +90,14 @@ def _work() -> dict[str, Any]:
         for size, splits in SPLITS.items()
         for split, borders in splits.items()
     }
+    start, end = CERTAIN[dist.get_rank() :][:2]
+    logits, targets, rows = certain_rows(256, CERTAIN[-1])
+    shard = logits[:, start:end].clone().requires_grad_()
+    cost = CostRows(rows[start:end])
+    out = token_loss(
+        shard, targets, ObjectiveConfig("emo"), dist.group.WORLD, (start, end), cost=cost
+    )
+    (results["certain"],) = torch.autograd.grad(out.loss.sum(), shard)
     results["collectives"] = _collectives(pair)
     return results
 
@@ -130,3 +139,11 @@ def test_token_loss_uses_one_gather_and_the_exchange_of_rows(ranks: list[dict[st
         (exchange,) = found["fetch"][0]
         assert "reduce" in exchange
         assert found["rows"] == (sorted([gather, exchange]), 0)
+
+
+def test_token_loss_over_shards_keeps_the_digits_of_certain_rows(
+    ranks: list[dict[str, Any]],
+) -> None:
+    grad = torch.cat([rank["certain"] for rank in ranks], -1)
+    expected = emo_oracle(*certain_rows(256, CERTAIN[-1])).grad
+    assert error(grad, expected) <= 1.3e-6  # measured 9.9e-7; 1.9e-6 with DEMD rounded

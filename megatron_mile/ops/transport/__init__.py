@@ -5,7 +5,7 @@ the target's of unit length, the distance is c_k = 1 - P_k / norm_k in [0, 2], c
 
     R = sum_{k != y} e^(z_k - m),   D = sum_k e^(z_k - m) c_k
 
-beside the token statistics, which share the exponentials. D is a sum of terms >= 0, never the
+beside the token statistics, which may share the exponentials. D is a sum of terms >= 0, never the
 difference 1 - sum q K, so that it is never negative and keeps its digits near 0; R keeps those of
 1 - p_y. The products of all tokens never exist in a tensor of their own: `blocked` asks for them a
 block of rows at a time.

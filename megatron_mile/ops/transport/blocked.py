@@ -1,6 +1,6 @@
 """Transport of all tokens, one block of rows after the other.
 
-    block of products (a GEMM, or rows of a table) + block of logits --> R, D             forward
+    block of products (a GEMM, or rows of a table) + block of logits --> six numbers      forward
     block of products, kept or made again          + block of logits --> gradient         backward
 
 The products are what costs: a GEMM of the size of the output layer's. They are kept where the

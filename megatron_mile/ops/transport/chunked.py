@@ -39,9 +39,10 @@ def transport_block(
             paid = _distances(given, scale, distances).mul_(exps)
             torch.sum(exps, -1, out=sums[0, rows])
             torch.sum(paid, -1, out=sums[1, rows])
-            for row, rest in enumerate(sums[0, rows].tolist()):
-                if 1 <= rest < _SPREAD:
-                    exact[rows.start + row] = _paid(rest, exps[row], paid[row])
+            certain = [i for i, rest in enumerate(sums[0, rows].tolist()) if 1 <= rest < _SPREAD]
+            if certain:
+                found = _paid(sums[:, rows][:, certain], exps[certain], paid[certain])
+                exact.update(zip([rows.start + i for i in certain], found, strict=True))
 
     share_out(work, row_blocks(size, logits, products))
     wide = torch.cat([stats, sums]).double()
@@ -77,13 +78,16 @@ def transport_block_backward(
     correct_rows(out, targets, coefficients)
 
 
-def _paid(rest: float, exps: torch.Tensor, paid: torch.Tensor) -> float:
-    """Return D of a row [V] whose mass may lie on one token, exact in its ratio to the rounded R.
+def _paid(sums: torch.Tensor, exps: torch.Tensor, paid: torch.Tensor) -> list[float]:
+    """Return D of rows [n, V] whose mass may lie on one token, exact in its ratio to the rounded R.
 
     It is about that token's distance times R, and what is left of the sum is small.
     """
-    distance = float(paid.sum() / rest)  # rounded as the operation below rounds it
-    return rest * distance + float(torch.sub(paid, exps, alpha=distance).sum())
+    rest, total = sums
+    distance = total / rest
+    left = torch.sub(paid, exps * distance.unsqueeze(-1)).sum(-1)
+    found: list[float] = (rest.double() * distance.double() + left).tolist()
+    return found
 
 
 def _anchor(m: torch.Tensor) -> torch.Tensor:
