@@ -1,55 +1,18 @@
-"""token_loss with the objective emo on one rank against the float64 oracle, and its edges."""
+"""token_loss with the objective emo on one rank against the float64 oracle."""
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from emo_oracle import EmoTruth, certain_rows, emo_oracle, hard_cost_rows
+from emo_oracle import certain_rows, emo_oracle, hard_cost_rows
+from emo_runs import EMO, MIXES, TOLERANCE, assert_close, mixed, run
 from helpers import IGNORED, error, hard_rows
-from torch.profiler import ProfilerActivity, profile
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.linear import linear_token_loss
 from megatron_mile.loss import token_loss
-from megatron_mile.ops import blocks
 from megatron_mile.ops.transport import blocked
 from megatron_mile.transport import CostRows
-
-# Measured: fp64 3.6e-13 (gt_q in mode 2, whose ratio may be 1e5 and more), fp32 3.9e-7.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
-# Mode, gt_q, cap: each as the authors have it somewhere.
-MIXES = [("1", False, 0), ("1", True, 0), ("1", False, 3), ("2", False, 0), ("2", True, 0)]
-MIXES += [("alone", False, 0)]
-EMO = ObjectiveConfig("emo")
-
-
-def _config(mode: str, gt_q: bool, cap: float, backend: str = "auto") -> ObjectiveConfig:
-    return ObjectiveConfig("emo", emo_mode=mode, emo_gt_q=gt_q, emo_cap=cap, backend=backend)
-
-
-def _run(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    config: ObjectiveConfig,
-    cost: Any,
-    inplace: bool = False,
-    upstream: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Return loss, nll, entropy, DEMD and gradient."""
-    leaf = logits.detach().clone().requires_grad_()
-    out = token_loss(leaf * 1, targets, config, inplace=inplace, cost=cost)
-    assert out.emo is not None
-    assert torch.equal(out.weight, out.valid.to(out.weight.dtype))
-    upstream = torch.ones_like(out.loss) if upstream is None else upstream.to(out.loss.dtype)
-    (grad,) = torch.autograd.grad(out.loss, leaf, upstream)
-    return out.loss, out.nll, out.entropy, out.emo, grad
-
-
-def _assert_close(ours: tuple[torch.Tensor, ...], truth: EmoTruth, tolerance: float) -> None:
-    for name, a, b in zip(truth._fields, ours, truth, strict=True):
-        assert error(a, b) <= tolerance, f"{name}: {error(a, b):.2e} > {tolerance:.2e}"
 
 
 def test_oracle_matches_a_row_by_hand() -> None:
@@ -76,13 +39,15 @@ def test_token_loss_matches_oracle(vocab: int, dtype: torch.dtype) -> None:
     for mix in MIXES:
         truth = emo_oracle(logits, targets, rows, *mix, upstream)
         for inplace in (False, True):
-            ours = _run(logits, targets, _config(*mix), cost, inplace, upstream)
-            _assert_close(ours, truth, TOLERANCE[dtype])
-        _assert_close(
-            _run(logits, targets, _config(*mix), table, upstream=upstream), truth, TOLERANCE[dtype]
+            ours = run(logits, targets, mixed(*mix), cost, inplace, upstream)
+            assert_close(ours, truth, TOLERANCE[dtype])
+        assert_close(
+            run(logits, targets, mixed(*mix), table, upstream=upstream),
+            truth,
+            TOLERANCE[dtype],
         )
-        ours = _run(logits, targets, _config(*mix, "torch"), cost, upstream=upstream)
-        _assert_close(ours, truth, TOLERANCE[dtype])
+        ours = run(logits, targets, mixed(*mix, "torch"), cost, upstream=upstream)
+        assert_close(ours, truth, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -90,9 +55,9 @@ def test_token_loss_keeps_the_digits_of_certain_and_wrong_rows(backend: str) -> 
     logits, targets, rows = certain_rows(256, 1003)
     truth = emo_oracle(logits, targets, rows)
     assert truth.nll.max() > 100
-    ours = _run(logits, targets, _config("1", False, 0, backend), CostRows(rows))
+    ours = run(logits, targets, mixed("1", False, 0, backend), CostRows(rows))
     # Measured 6.4e-7; 1.9e-6 with DEMD rounded to fp32, 8e-6 with sums in fp32.
-    _assert_close(ours, truth, 1.3e-6)
+    assert_close(ours, truth, 1.3e-6)
 
 
 def test_token_loss_takes_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +67,7 @@ def test_token_loss_takes_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = hard_cost_rows(127, 24, torch.float64)
     truth = emo_oracle(logits, targets, rows)
     for inplace in (False, True):
-        _assert_close(_run(logits, targets, EMO, CostRows(rows), inplace), truth, 1e-12)
+        assert_close(run(logits, targets, EMO, CostRows(rows), inplace), truth, 1e-12)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -112,8 +77,8 @@ def test_token_loss_takes_fp16_rows_whose_products_would_overflow(inplace: bool)
     # Products of bf16 rows do not fit in the logits' dtype either; measured 2.7e-3 and 2.0e-2.
     for dtype, tolerance in ((torch.float16, 8e-3), (torch.bfloat16, 6e-2)):
         truth = emo_oracle(logits, targets, rows.to(dtype))
-        ours = _run(logits, targets, EMO, CostRows(rows.to(dtype)), inplace)
-        _assert_close(ours, truth, tolerance)
+        ours = run(logits, targets, EMO, CostRows(rows.to(dtype)), inplace)
+        assert_close(ours, truth, tolerance)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -122,7 +87,7 @@ def test_token_loss_takes_rows_of_another_dtype(inplace: bool) -> None:
     rows = 1e60 * hard_cost_rows(127, 24, torch.float64)  # whose products are infinite in fp32
     truth = emo_oracle(logits, targets, rows)
     for cost in (CostRows(rows), CostRows(rows).tabulate()):
-        _assert_close(_run(logits, targets, EMO, cost, inplace), truth, 2e-6)
+        assert_close(run(logits, targets, EMO, cost, inplace), truth, 2e-6)
 
 
 def dense_emo(
@@ -153,7 +118,7 @@ def test_token_loss_in_bf16_is_no_worse_than_the_dense_form_in_bf16(mode: str) -
     truth = emo_oracle(logits, targets, rows, mode)
     theirs = dense_emo(logits, targets, rows, mode)
     for inplace in (False, True):
-        loss, *_, grad = _run(
+        loss, *_, grad = run(
             logits, targets, ObjectiveConfig("emo", emo_mode=mode), CostRows(rows), inplace
         )
         assert error(loss, truth.loss) <= error(theirs[0], truth.loss)
@@ -166,7 +131,7 @@ def test_token_loss_of_opposite_rows_keeps_the_distance_below_2() -> None:
     targets = torch.arange(0, 64, 2)
     logits = torch.zeros(32, 64).bfloat16()
     logits[torch.arange(32), targets + 1] = 60  # all mass on the opposite
-    *_, emo, _ = _run(logits, targets, EMO, CostRows(rows))
+    *_, emo, _ = run(logits, targets, EMO, CostRows(rows))
     assert ((emo > 1.99) & (emo <= 2)).all()
 
 
@@ -180,7 +145,7 @@ def test_token_loss_of_saturated_rows_is_never_negative_or_nan(dtype: torch.dtyp
     rows[41], rows[5] = rows[40], 0
     targets = torch.full((40,), 40)
     for mix in MIXES:
-        loss, nll, _, emo, grad = _run(logits.to(dtype), targets, _config(*mix), CostRows(rows))
+        loss, nll, _, emo, grad = run(logits.to(dtype), targets, mixed(*mix), CostRows(rows))
         assert (loss >= 0).all()
         assert ((emo >= 0) & (emo <= 2)).all()
         assert (emo.diff() <= 0).all()
@@ -201,7 +166,7 @@ def test_token_loss_keeps_the_digits_of_small_distances(mode: str) -> None:
     unit = rows.double() / rows.double().norm(dim=-1, keepdim=True)
     distance = (rest * (1 - unit @ unit[7])).sum(-1) / rest.sum(-1) * beside / (1 + beside)
     expected = {"1": beside.log1p(), "2": 2 * distance, "alone": distance}[mode]
-    loss, nll, _, emo, _ = _run(
+    loss, nll, _, emo, _ = run(
         logits, targets, ObjectiveConfig("emo", emo_mode=mode), CostRows(rows)
     )
     for ours, truth in ((nll, beside.log1p()), (emo, distance)):
@@ -215,18 +180,18 @@ def test_token_loss_of_targets_with_no_probability() -> None:
     logits[:, 2] = -torch.inf
     rows, targets = torch.randn(9, 3), torch.full((4,), 2)
     alone = emo_oracle(logits, targets, rows, "alone")
-    loss, nll, _, emo, grad = _run(logits, targets, _config("2", False, 0), CostRows(rows.double()))
+    loss, nll, _, emo, grad = run(logits, targets, mixed("2", False, 0), CostRows(rows.double()))
     assert (nll == torch.inf).all()
     assert error(emo, alone.emo) <= 1e-14
     assert error(loss, 2 * alone.emo) <= 1e-14  # the limit
     assert error(grad, alone.grad) <= 1e-14
-    assert (_run(logits, targets, EMO, CostRows(rows))[0] == torch.inf).all()
+    assert (run(logits, targets, EMO, CostRows(rows))[0] == torch.inf).all()
 
 
 def test_token_loss_gives_ignored_tokens_exactly_zero() -> None:
     logits = torch.tensor([[torch.nan] * 4, [torch.inf, 1, 2, 3], [-torch.inf] * 4, [1, 2, 3, 4]])
     for mix in MIXES:
-        fields = _run(logits, torch.full((4,), IGNORED), _config(*mix), CostRows(torch.randn(4, 3)))
+        fields = run(logits, torch.full((4,), IGNORED), mixed(*mix), CostRows(torch.randn(4, 3)))
         for field in fields:
             assert torch.equal(field, torch.zeros_like(field))
 
@@ -245,7 +210,7 @@ def test_token_loss_of_padding_columns_leaves_them_out() -> None:
         (grad,) = torch.autograd.grad(out.loss, leaf, torch.ones_like(out.loss))
         assert out.emo is not None
         ours = (out.loss, out.nll, out.entropy, out.emo, grad[:, :100])
-        _assert_close(ours, truth, 1e-12)
+        assert_close(ours, truth, 1e-12)
         assert not grad[:, 100:].any()
 
 
@@ -274,116 +239,4 @@ def test_token_loss_takes_any_strides(layout: str, inplace: bool) -> None:
         return
     assert out.emo is not None
     truth = emo_oracle(values, targets, rows)
-    _assert_close((out.loss, out.nll, out.entropy, out.emo, LAYOUTS[layout](grad)), truth, 1e-12)
-
-
-def test_token_loss_keeps_logits_and_repeats_its_backward() -> None:
-    logits, targets = torch.randn(4, 9, requires_grad=True), torch.tensor([0, 3, 8, 1])
-    before, version = logits.detach().clone(), logits._version
-    rows = torch.randn(9, 3, requires_grad=True)
-    loss = token_loss(logits, targets, EMO, cost=CostRows(rows)).loss.sum()
-    grads = [torch.autograd.grad(loss, logits, retain_graph=True)[0].clone() for _ in range(2)]
-    assert torch.equal(*grads)
-    assert torch.equal(logits, before)
-    assert logits._version == version
-    with pytest.raises(RuntimeError, match="to not have been used in the graph"):
-        torch.autograd.grad(loss, rows)
-
-
-def test_token_loss_inplace_consumes_the_logits() -> None:
-    source = torch.randn(2, 5, requires_grad=True)
-    logits, cost = source.exp(), CostRows(torch.randn(5, 3))
-    token_loss(logits, torch.tensor([0, 1]), EMO, inplace=True, cost=cost)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        logits.sum().backward()
-    loss = token_loss(source * 1, torch.tensor([0, 1]), EMO, inplace=True, cost=cost).loss.sum()
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="inplace=False to run the backward twice"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-def test_cost_rows_are_those_of_the_moment(dtype: torch.dtype) -> None:
-    logits, targets = torch.randn(4, 9), torch.tensor([0, 3, 8, 1])
-    weight = torch.nn.Parameter(torch.randn(9, 3).to(dtype))
-    cost = CostRows(weight)
-    for _ in range(2):
-        ours = _run(logits, targets, EMO, cost)
-        _assert_close(
-            ours, emo_oracle(logits, targets, weight), 2e-6 if dtype.itemsize > 2 else 2e-3
-        )
-        weight.data.exp_()  # as optimizers write, past the version counter
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_cost_rows_too_small_to_square_count_as_zeros(dtype: torch.dtype) -> None:
-    rows = torch.randn(9, 3, dtype=torch.float64)
-    rows[3] *= 1e-180 if dtype == torch.float64 else 1e-25
-    rows[4] *= 1e-156 if dtype == torch.float64 else 1e-20  # the square is subnormal
-    cost = CostRows(rows.to(dtype)).fetch(torch.tensor([0]))
-    norms = cost.matrix.double().norm(dim=-1) * cost.scale
-    assert not norms[3:5].any()
-    assert (norms[[0, 8]] - 1).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"cost": None}, "objective emo with no cost; expected cost=CostRows"),
-        ({"config": ObjectiveConfig()}, "objective mile with a CostRows"),
-        ({"cost": CostRows(torch.ones(8, 2))}, "cost has 8 rows on cpu for 9 columns"),
-        (
-            {"cost": CostRows(torch.ones(9, 2)).fetch(torch.tensor([0]))},
-            r"fetched for targets \(1,\); expected those of this call, \(4,\)",
-        ),
-    ],
-)
-def test_token_loss_refuses_what_does_not_fit(change: dict[str, Any], text: str) -> None:
-    given = {"config": EMO, "cost": CostRows(torch.ones(9, 2))}
-    with pytest.raises(ValueError, match=text):
-        token_loss(torch.ones(4, 9), torch.tensor([0, 3, 8, 1]), **{**given, **change})
-
-
-def test_cost_rows_and_the_fused_projection_refuse() -> None:
-    with pytest.raises(ValueError, match=r"cost rows are torch.int64 \(3, 2\)"):
-        CostRows(torch.ones(3, 2).long())
-    with pytest.raises(ValueError, match="emo has no form without logits"):
-        linear_token_loss(torch.ones(2, 3), torch.ones(5, 3), torch.tensor([0, 1]), EMO)
-
-
-def _peak_bytes(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    config: ObjectiveConfig,
-    inplace: bool,
-    rows: torch.Tensor | None,
-) -> int:
-    """Return the peak of one step beyond what was there, by torch's allocator."""
-    given = logits * 1 if inplace else logits
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        cost = None if rows is None else CostRows(rows)
-        loss = token_loss(given, targets, config, inplace=inplace, cost=cost).loss.sum()
-        torch.autograd.grad(loss, given)
-    assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()
-    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
-    for _, size in memory:
-        held += size
-        peak = max(peak, held)
-    return peak
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("inplace", [False, True])
-def test_token_loss_needs_little_more_memory_than_plain(dtype: torch.dtype, inplace: bool) -> None:
-    logits = torch.randn(512, 32000).to(dtype).requires_grad_()
-    targets = torch.randint(32000, (512,))
-    rows = torch.randn(32000, 512).to(dtype)
-    plain = _peak_bytes(logits, targets, ObjectiveConfig(), inplace, None)
-    ours = _peak_bytes(logits, targets, EMO, inplace, rows)
-    # A block and what is in cache, in fp32, and all target rows.
-    block = (blocked._BLOCK + 4 * blocks._IN_CACHE) * 4 + 512 * 512 * dtype.itemsize
-    assert plain >= (0 if inplace else logits.nbytes)
-    # Measured: 1.04 (fp32) and 1.09 (bf16) of plain; in place 0.95 and 0.61 of what is added.
-    assert ours <= 1.1 * plain + inplace * block
+    assert_close((out.loss, out.nll, out.entropy, out.emo, LAYOUTS[layout](grad)), truth, 1e-12)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -61,6 +62,23 @@ def test_share_out_raises_what_a_thread_raised() -> None:
 
     with pytest.raises(KeyError, match="seventeen"):
         share_out(work, range(40))
+
+
+def test_share_out_stops_all_threads_where_one_raises() -> None:
+    done: list[int] = []
+
+    def work(items: Iterator[int]) -> None:
+        for item in items:
+            if item == 0:
+                raise ValueError("broken")
+            time.sleep(0.05)
+            done.append(item)
+
+    with pytest.raises(ValueError, match="broken"):
+        share_out(work, range(40))
+    ended = len(done)
+    time.sleep(0.2)
+    assert len(done) == ended <= 3
 
 
 def test_share_out_keeps_inference_mode() -> None:
