@@ -11,7 +11,6 @@ import torch
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration.arguments import COST_FLAG
 from megatron_mile.integration.errors import MileError
-from megatron_mile.integration.loss_func import is_training
 from megatron_mile.integration.models import tp_group, unwrap
 from megatron_mile.transport import CostRows, TargetCosts
 
@@ -117,7 +116,8 @@ class RowsAhead:
     def _start(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.labels = kwargs.get("labels", (*args, *[None] * self.position)[self.position])
         self.fetched = None
-        if self.labels is None or not (is_training(model) and getattr(model, "post_process", True)):
+        last = getattr(model, "post_process", True)
+        if self.labels is None or not (torch.is_grad_enabled() and last):
             return
         layer = getattr(model, "output_layer", None)
         # A hook may bring the layer its weight (--overlap-param-gather): until then it is old.

@@ -19,8 +19,16 @@ from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration import models, versions
 from megatron_mile.integration.cost import RowsAhead, check_objective, output_rows, stop_fetching
 from megatron_mile.integration.errors import MileCompatError, MileError
-from megatron_mile.integration.loss_func import Window, current_window, is_training
-from megatron_mile.integration.models import check_shard, check_vocab_size, tp_group, unwrap
+from megatron_mile.integration.loss_func import Window, current_window, differentiated
+from megatron_mile.integration.models import (
+    METHOD,
+    check_shard,
+    check_vocab_size,
+    installed_config,
+    logits_are_read,
+    tp_group,
+    unwrap,
+)
 from megatron_mile.integration.output_layer import (
     DeferredLogits,
     fuse_output_layer,
@@ -30,7 +38,6 @@ from megatron_mile.loss import TokenLoss, token_loss
 from megatron_mile.ops import dispatch
 from megatron_mile.transport import CostRows
 
-METHOD = "compute_language_model_loss"
 _attached: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -88,11 +95,7 @@ def attach(
     check_objective(config, fused_linear, cost)
     for chunk in model if isinstance(model, (list, tuple)) else [model]:
         module = unwrap(chunk)
-        if not hasattr(module, METHOD):
-            raise MileError(
-                f"attach: {type(module).__name__} has no method {METHOD}; expected a Megatron "
-                "language model such as GPTModel"
-            )
+        _refuse_own_loss(module)
         check_vocab_size(module, vocab_size)
         stop_fetching(module)
         if getattr(module, "post_process", True):
@@ -105,15 +108,31 @@ def attach(
         _attached.add(module)
 
 
+def _refuse_own_loss(module: Any) -> None:
+    """Stop where attaching would drop a loss that is not Megatron's.
+
+    Raises:
+        MileError: The model's class, or somebody for this instance, has replaced the method.
+    """
+    name = type(module).__name__
+    if not hasattr(module, METHOD):
+        raise MileError(
+            f"attach: {name} has no method {METHOD}; expected a Megatron language model such as "
+            "GPTModel"
+        )
+    own = module.__dict__.get(METHOD)
+    replaced = own is not None and installed_config(own) is None
+    if replaced or _host(type(module)) is not _host(loss_owner()):
+        raise MileError(
+            f"attach: {name} computes its loss in a {METHOD} of its own, which the objective would "
+            "drop; remove it, or train without attach"
+        )
+
+
 def _host(owner: type) -> Callable[..., Any]:
     """The class's method without our hook."""
     method = getattr(owner, METHOD)
     return method.__wrapped__ if installed_config(method) is not None else method
-
-
-def installed_config(function: Any) -> ObjectiveConfig | None:
-    """The objective of a function that is our hook, else None."""
-    return getattr(function, "__megatron_mile__", None)
 
 
 def loss_owner() -> type:
@@ -214,8 +233,11 @@ def _make_hook(
     def compute_language_model_loss(
         self: Any, labels: torch.Tensor, logits: torch.Tensor | DeferredLogits
     ) -> torch.Tensor:
-        """Weighted loss per token, [b, s], of labels [b, s] and logits [s, b, V/tp]."""
-        if not is_training(self):
+        """Plain cross-entropy per token, [b, s], of labels [b, s] and logits [s, b, V/tp].
+
+        In training with the gradient of the weighted loss.
+        """
+        if not differentiated(logits):
             return host(self, labels, logits)
         window = current_window()
         if window is None and models.mtp_heads(self):
@@ -239,10 +261,12 @@ def _make_hook(
             stats = token_loss(logits, targets, config, group, vocab_size=vocab_size, cost=cost)
         else:
             check_shard(self, labels, tuple(logits.shape), group)
-            stats = token_loss(logits, targets, config, group, inplace=True, vocab_size=vocab_size)
+            inplace = not logits_are_read(self)
+            stats = token_loss(
+                logits, targets, config, group, inplace=inplace, vocab_size=vocab_size
+            )
         stats = TokenLoss._make(x if x is None else x.transpose(0, 1).contiguous() for x in stats)
-        window.put(stats, config)
-        return stats.loss
+        return window.put(stats, config)
 
     compute_language_model_loss.__wrapped__ = host  # type: ignore[attr-defined]
     compute_language_model_loss.__megatron_mile__ = config  # type: ignore[attr-defined]

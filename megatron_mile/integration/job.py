@@ -22,9 +22,9 @@ from megatron_mile.integration.arguments import Namespace
 from megatron_mile.integration.cost import check_matrix, fixed_rows
 from megatron_mile.integration.cost_files import digest, read_matrix
 from megatron_mile.integration.errors import MileError
-from megatron_mile.integration.install import METHOD, attach, install, resolve
+from megatron_mile.integration.install import attach, install, resolve
 from megatron_mile.integration.loss_func import wrap_forward_step
-from megatron_mile.integration.models import unwrap
+from megatron_mile.integration.models import METHOD, unwrap
 from megatron_mile.integration.record import with_record
 from megatron_mile.integration.refusals import (
     refuse_models,

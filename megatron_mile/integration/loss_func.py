@@ -1,8 +1,13 @@
-"""From the hook's token statistics to Megatron's loss: normaliser and report.
+"""From the hook's token statistics to Megatron's loss: mask, normaliser and report.
 
 The hook runs deep in the model's forward; Megatron takes the loss from the function that
 `forward_step` returns. `wrap_forward_step` opens a window around each forward step in which the
 hook may leave its statistics, and wraps the returned function, which takes them out again.
+
+In training the model's loss per token keeps the value of plain cross-entropy; only its gradient is
+the objective's. So the job's own loss function runs once, on plain cross-entropy, and what it
+reports is what it always reports. Which tokens count, and how much, is read off it by
+differentiation: its loss is linear in the losses per token, so its gradient is its mask.
 """
 
 from __future__ import annotations
@@ -11,20 +16,29 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration import versions
 from megatron_mile.integration.errors import MileError
-from megatron_mile.integration.models import data_group, unwrap
-from megatron_mile.integration.telemetry import LM_LOSS, report_with_objective, token_count
+from megatron_mile.integration.models import METHOD, data_group, installed_config, unwrap
+from megatron_mile.integration.telemetry import report_with_objective
 from megatron_mile.loss import TokenLoss
 from megatron_mile.parallel import ProcessGroup
 from megatron_mile.parallel.tokens import normaliser
 
 LossFunc = Callable[..., tuple[Any, ...]]
+
+
+class TrainedLoss(NamedTuple):
+    """What the hook leaves of a training step's main loss."""
+
+    output: torch.Tensor
+    """What the model returned, [b, s]: nll, with the gradient of the objective."""
+    stats: TokenLoss
+    config: ObjectiveConfig
 
 
 class Window:
@@ -33,44 +47,75 @@ class Window:
     def __init__(self) -> None:
         self.calls = 0
         """Losses computed so far, those of multi-token-prediction heads included."""
-        self.stats: TokenLoss | None = None
-        self.config: ObjectiveConfig | None = None
+        self.trained: TrainedLoss | None = None
+        self.taken = False
 
-    def put(self, stats: TokenLoss, config: ObjectiveConfig) -> None:
-        """Leave the statistics of this step's one main loss."""
-        if self.stats is not None:
+    def put(self, stats: TokenLoss, config: ObjectiveConfig) -> torch.Tensor:
+        """Leave the statistics of this step's one main loss; returns the model's loss [b, s]."""
+        if self.trained is not None:
             raise MileError(
                 "one forward step computed the language-model loss twice; megatron_mile weights "
                 "one loss a step: run one model in each forward_step"
             )
-        self.stats, self.config = stats, config
-        if stats.loss.requires_grad:
-            stats.loss.register_hook(self._refuse_unconsumed)
+        output = stats.nll + (stats.loss - stats.loss.detach())
+        self.trained = TrainedLoss(output, stats, config)
+        if output.requires_grad:
+            output.register_hook(self._refuse_unconsumed)
+        return output
 
-    def take(self, model: Any, config: ObjectiveConfig) -> TokenLoss:
-        """Take them out, once, if they were made with the settings of the forward step."""
-        stats, self.stats = self.stats, None
-        if stats is None:
+    def take(self, model: Any, config: ObjectiveConfig, output: Any) -> TokenLoss:
+        """Take them out, once, if they are of these settings and this output."""
+        if self.taken:
             raise MileError(
-                f"objective not applied: {type(unwrap(model)).__name__} computed its loss without "
-                "calling compute_language_model_loss as patched; use a GPTModel or HybridModel, "
-                "or --mile-objective none"
+                "the loss function of one forward step was called twice while training; call it "
+                "once, and keep what it returns"
             )
-        if self.config != config:
+        if self.trained is None:
+            raise MileError(_why_nothing_was_left(unwrap(model)))
+        self.taken, trained = True, self.trained
+        if trained.config != config:
             raise MileError(
-                f"install or attach was given {self.config}, but wrap_forward_step {config}; give "
-                "both the same"
+                f"install or attach was given {trained.config}, but wrap_forward_step {config}; "
+                "give both the same"
             )
-        return stats
+        if not _is_same(output, trained.output):
+            raise MileError(
+                "forward_step changed the losses per token that the model returned; return them "
+                "as they are, and do the rest in the loss function"
+            )
+        return trained.stats
 
     def _refuse_unconsumed(self, gradient: torch.Tensor) -> None:
         """Stop the first backward of a loss that nobody has normalised."""
-        if self.stats is not None:
+        if not self.taken:
             raise MileError(
                 "the objective is installed, but nobody normalised its loss: pass your "
                 "forward_step through megatron_mile.wrap_forward_step and call the loss function "
                 "that it returns, or start the script with `-m megatron_mile.launch`"
             )
+
+
+def _why_nothing_was_left(model: Any) -> str:
+    name = type(model).__name__
+    if installed_config(getattr(model, METHOD, None)) is None:
+        return (
+            f"the forward step is wrapped, but no objective is installed on {name}: call install "
+            "or attach before the step, and uninstall after the last one"
+        )
+    return (
+        f"objective not applied: {name} computed its loss without calling "
+        "compute_language_model_loss as patched; use a GPTModel or HybridModel, or "
+        "--mile-objective none"
+    )
+
+
+def _is_same(output: Any, returned: torch.Tensor) -> bool:
+    """Whether wrappers around the model have at most renamed what it returned."""
+    if output is returned:
+        return True
+    if not isinstance(output, torch.Tensor) or output.shape != returned.shape:
+        return False
+    return output.data_ptr() == returned.data_ptr() and output.stride() == returned.stride()
 
 
 _current: Window | None = None
@@ -83,13 +128,13 @@ def current_window() -> Window | None:
 
 @contextlib.contextmanager
 def _open_window() -> Iterator[Window]:
-    """Open the window of one forward step."""
+    """Open the window of one forward step, which may run inside another."""
     global _current
-    _current = window = Window()
+    outer, _current = _current, Window()
     try:
-        yield window
+        yield _current
     finally:
-        _current = None
+        _current = outer
 
 
 def wrap_forward_step(
@@ -107,8 +152,9 @@ def wrap_forward_step(
         config: The objective that `install` or `attach` was given.
 
     Returns:
-        A forward step of the same signature. Training steps get alpha and the report keys;
-        evaluation passes through untouched.
+        A forward step of the same signature. Steps that are differentiated get alpha and the
+        report keys; evaluation passes through untouched. The loss function's loss must be linear
+        in the losses per token, as masks, sums and means are.
     """
     earlier = getattr(forward_step, "__megatron_mile__", None)
     if earlier == config:
@@ -122,13 +168,30 @@ def wrap_forward_step(
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         with _open_window() as window:
             output, loss_func = forward_step(*args, **kwargs)
-        if loss_func is None:
+        if loss_func is None or _is_wrapped(loss_func, config):
             return output, loss_func
         model = _model_among(signature.bind(*args, **kwargs))
         return output, functools.partial(reduction, loss_func, window, model)
 
     wrapped.__megatron_mile__ = config  # type: ignore[attr-defined]
     return wrapped
+
+
+def _is_wrapped(loss_func: Any, config: ObjectiveConfig) -> bool:
+    """Whether a wrapped step inside this one has done the work.
+
+    Raises:
+        MileError: It did so for another objective.
+    """
+    reduction = getattr(loss_func, "func", None)
+    if not isinstance(reduction, _Reduction):
+        return False
+    if reduction.config != config:
+        raise MileError(
+            f"a forward step wrapped for {reduction.config} runs inside one wrapped for {config}; "
+            "give both the same"
+        )
+    return True
 
 
 def _model_among(given: inspect.BoundArguments) -> Any:
@@ -151,7 +214,7 @@ def _model_among(given: inspect.BoundArguments) -> Any:
 
 
 class _Reduction:
-    """Lets the host reduce, check and report alpha * loss, then adds the objective's figures."""
+    """Lets the host reduce and report plain cross-entropy, and trains alpha * loss in its place."""
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
@@ -167,37 +230,96 @@ class _Reduction:
         **kwargs: Any,
     ) -> Any:
         """Do what `loss_func(output_tensor)` does, with the objective where it is a training."""
-        if not is_training(model) or kwargs.get("non_loss_data"):
+        if not _is_training(window, output_tensor) or kwargs.get("non_loss_data"):
             return loss_func(output_tensor, *args, **kwargs)
-        stats = window.take(model, self.config)
-        mask = _loss_mask(loss_func, stats)
+        stats = window.take(model, self.config, output_tensor)
+        unowned = stats.nll.isnan() & ~stats.entropy.isnan()
+        probe = torch.where(unowned, 0, output_tensor.detach()).requires_grad_()
+        # A copy, because the host may work in place.
+        loss, *count, report = _results(loss_func(probe.clone(), *args, **kwargs))
+        share = _share(loss, probe)
+        # A mean has divided the mask by its sum.
+        mask = share if count else share / share.max().clamp(min=torch.finfo(share.dtype).tiny)
         group = _alpha_group(model, self.config.alpha_mode)
         alpha = normaliser(stats.weight, mask * stats.valid, self.config.alpha_mode, group)
-        # A masked token may hold a label that nobody owns: its NaN must not reach the sum.
-        objective = torch.where(mask != 0, alpha * output_tensor, 0)
-        *results, report = loss_func(objective, *args, **kwargs)
-        full_report = report_with_objective(report, stats, objective.detach(), mask, model)
+        broken = ((share != 0) & (unowned | ~stats.valid)).any()
         if not self.checked:
-            _check_count(token_count(full_report[LM_LOSS]), token_count(report.get(LM_LOSS)))
+            _refuse_broken(broken)
             self.checked = True
-        return (*results, full_report)
+        objective = torch.where(share != 0, alpha * stats.loss.detach(), 0)
+        total = _with_gradient(objective, share, alpha * output_tensor)
+        total = total * torch.where(broken, torch.nan, torch.ones_like(loss))
+        return (total, *count, report_with_objective(report, stats, objective, mask, model))
 
 
-def _check_count(ours: float | None, theirs: float | None) -> None:
-    """Compare our mask with the number of tokens that the host counted, once, in the first step."""
-    if ours is None or theirs is None:
-        return
-    if abs(ours - theirs) > 1:  # the host rounds a fractional mask
+def differentiated(*tensors: Any) -> bool:
+    """Whether what is made of these will be differentiated; all else keeps the host's own loss."""
+    return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors)
+
+
+def _is_training(window: Window, output: Any) -> bool:
+    return differentiated(output) or (torch.is_grad_enabled() and window.trained is not None)
+
+
+def _results(results: Any) -> tuple[Any, ...]:
+    """What a loss function returned, if it has one of the forms that Megatron takes.
+
+    Raises:
+        MileError: It has another.
+    """
+    is_form = isinstance(results, (tuple, list)) and len(results) in (2, 3)
+    if is_form and isinstance(results[0], torch.Tensor) and isinstance(results[-1], dict):
+        return tuple(results)
+    kinds = results if isinstance(results, (tuple, list)) else [results]
+    raise MileError(
+        f"the loss function returned ({', '.join(type(kind).__name__ for kind in kinds)}); "
+        "expected (loss, num_tokens, report) or (loss, report), the loss a tensor and the report "
+        "a dict"
+    )
+
+
+def _share(loss: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
+    """How much each token's loss counts in the host's, [b, s]: the mask, divided by what it is.
+
+    Raises:
+        MileError: The host's loss is no number, or not linear in the losses per token.
+    """
+    if loss.numel() != 1 or not loss.requires_grad:
+        what = f"of shape {tuple(loss.shape)}" if loss.requires_grad else "without a gradient"
         raise MileError(
-            f"the loss mask of {ours:g} tokens that was found is not the one of {theirs:g} tokens "
-            "that the job's loss function uses: return functools.partial(loss_func, loss_mask) "
-            "from forward_step"
+            f"the loss function returned a loss {what}; expected one number made of the losses "
+            "per token"
+        )
+    (share,) = torch.autograd.grad(loss, probe, create_graph=True, allow_unused=True)
+    if share is None:
+        raise MileError(
+            "the loss function returned a loss that is not made of the losses per token that it "
+            "was given; an objective cannot take their place"
+        )
+    if share.requires_grad:
+        raise MileError(
+            "the loss function is not linear in the losses per token (masks, sums and means are), "
+            "so an objective cannot take their place; make it linear, or use --mile-objective none"
+        )
+    return share
+
+
+def _refuse_broken(broken: torch.Tensor) -> None:
+    """Say once, in the first step, what later ends in NaN, because a look waits for the device."""
+    if broken:
+        raise MileError(
+            "a token that the loss function counts has no target: its label is -100 or outside "
+            "the vocabulary; give such tokens loss mask 0"
         )
 
 
-def is_training(model: Any) -> bool:
-    """Whether a loss will be differentiated; evaluation keeps the host's own cross-entropy."""
-    return bool(model.training) and torch.is_grad_enabled()
+def _with_gradient(
+    objective: torch.Tensor, share: torch.Tensor, carrier: torch.Tensor
+) -> torch.Tensor:
+    """The host's sum, 0-d, with the objective's value and the carrier's gradient."""
+    # A masked token may hold what is not finite: it must not reach the sum.
+    carried = (torch.where(share != 0, carrier, 0) * share).sum()
+    return carried + ((objective * share).sum() - carried.detach())
 
 
 def _alpha_group(model: Any, normalize: str) -> ProcessGroup | None:
@@ -220,16 +342,3 @@ def _alpha_group(model: Any, normalize: str) -> ProcessGroup | None:
             "counts tokens over another group; use local or none"
         )
     return data_group(model)
-
-
-def _loss_mask(loss_func: Any, stats: TokenLoss) -> torch.Tensor:
-    """The mask that the host's loss function was bound to, [b, s]; else all valid targets.
-
-    Megatron-LM and Megatron-Bridge bind it as the first argument, others by the name loss_mask.
-    """
-    bound = [(getattr(loss_func, "keywords", None) or {}).get("loss_mask")]
-    bound += getattr(loss_func, "args", ())[:1]
-    for mask in bound:
-        if isinstance(mask, torch.Tensor) and mask.numel() == stats.loss.numel():
-            return mask.view_as(stats.loss)
-    return stats.valid

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 
+from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration import versions
 from megatron_mile.integration.errors import MileError
 from megatron_mile.parallel import ProcessGroup
+
+METHOD = "compute_language_model_loss"
 
 
 def unwrap(model: Any) -> Any:
@@ -16,6 +19,11 @@ def unwrap(model: Any) -> Any:
     while hasattr(model, "module"):
         model = model.module
     return model
+
+
+def installed_config(function: Any) -> ObjectiveConfig | None:
+    """The objective of a function that is our hook, else None."""
+    return getattr(function, "__megatron_mile__", None)
 
 
 def tp_group(model: Any) -> ProcessGroup:
@@ -82,6 +90,13 @@ def check_vocab_size(model: Any, vocab_size: int | None) -> None:
             f"vocab_size is {vocab_size}, but the model has {padded} columns; expected the "
             "tokenizer's size, from 1 to that"
         )
+
+
+def logits_are_read(model: Any) -> bool:
+    """Whether somebody has hooked the output layer, and may read its logits after the loss."""
+    layer: Any = getattr(model, "output_layer", None)
+    everywhere = torch.nn.modules.module._global_forward_hooks
+    return bool(getattr(layer, "_forward_hooks", None) or everywhere)
 
 
 def mtp_heads(model: Any) -> int:

@@ -17,7 +17,7 @@ import torch
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration.arguments import FUSED_FLAG as FLAG
 from megatron_mile.integration.errors import MileError
-from megatron_mile.integration.loss_func import current_window, is_training
+from megatron_mile.integration.loss_func import current_window, differentiated
 from megatron_mile.linear import linear_token_loss
 from megatron_mile.loss import TokenLoss
 from megatron_mile.parallel import ProcessGroup
@@ -27,6 +27,8 @@ _fused: weakref.WeakSet[Any] = weakref.WeakSet()
 
 class DeferredLogits:
     """Stands for logits [s, b, V/tp] that nobody has computed."""
+
+    requires_grad = True
 
     def __init__(self, layer: Any, hidden: torch.Tensor, weight: torch.Tensor) -> None:
         self.layer, self.hidden, self.weight = layer, hidden, weight
@@ -96,9 +98,10 @@ def _forward(
     runtime_gather_output: bool | None = None,
 ) -> tuple[Any, torch.Tensor | None]:
     """Stand in for the layer's forward (megatron/core/tensor_parallel/layers.py)."""
-    if current_window() is None or not is_training(layer) or runtime_gather_output:
+    used = layer.weight if weight is None else weight
+    if current_window() is None or not differentiated(input_, used) or runtime_gather_output:
         return host(layer, input_, weight, runtime_gather_output)
-    return DeferredLogits(layer, input_, layer.weight if weight is None else weight), None
+    return DeferredLogits(layer, input_, used), None
 
 
 def _obstacle(model: Any, host: Callable[..., Any]) -> str:

@@ -10,8 +10,7 @@ from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration import versions
 from megatron_mile.integration.arguments import Namespace
 from megatron_mile.integration.errors import MileError
-from megatron_mile.integration.install import METHOD, installed_config
-from megatron_mile.integration.models import tp_group, unwrap
+from megatron_mile.integration.models import METHOD, installed_config, tp_group, unwrap
 
 # Settings of Megatron under which the model's loss is not what is trained, with the reason.
 _MODELOPT = "ModelOpt replaces model and loss"

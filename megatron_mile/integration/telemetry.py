@@ -23,50 +23,46 @@ def report_with_objective(
     mask: torch.Tensor,
     model: Any,
 ) -> dict[str, Any]:
-    """Make "lm loss" plain cross-entropy again and add the objective's own figures.
+    """Add the objective's own figures to the host's report of plain cross-entropy.
 
     All are in the form in which the host reports, and which its training loop therefore reads:
     [sum, count] of this rank (from 0.13), the pair (sum, count) of all DP x CP ranks (0.12), or a
-    mean. None of ours can be negative, because Megatron's log leaves negative values out.
+    mean, then that of all DP x CP ranks. None of ours can be negative, because Megatron's log
+    leaves negative values out.
 
     Args:
-        report: What the host's loss function reported of the objective.
+        report: What the host's loss function reported of plain cross-entropy.
         stats: Statistics of this micro-batch, fields [b, s].
         objective: Loss per token that is differentiated, [b, s].
         mask: Loss mask [b, s].
         model: The model that was run, wrapped or not.
 
     Returns:
-        The report with its "lm loss" replaced, followed by "mile loss" (what is differentiated),
-        "mile entropy" (nats), "mile weight", and for emo "mile emo", the distance itself.
+        The report as it was, followed by "mile loss" (what is differentiated), "mile entropy"
+        (nats), "mile weight", and for emo "mile emo", the distance itself.
     """
-    figures = [stats.nll, objective, stats.entropy, stats.weight]
+    figures = [objective, stats.entropy, stats.weight]
     figures += [] if stats.emo is None else [stats.emo]
     sums = torch.stack([*(masked(values, mask).sum() for values in figures), mask.double().sum()])
     host = report.get(LM_LOSS, next(iter(report.values()), None))
-    if isinstance(host, (tuple, list)):
+    if not _is_sum_of_this_rank(host):
         sums = sum_over_ranks(sums, data_group(model))
     *totals, count = sums.float()
-    plain, *ours = (_in_form_of(host, total, count) for total in totals)
-    others = {key: value for key, value in report.items() if key != LM_LOSS}
-    return {LM_LOSS: plain, **others, **dict(zip(OWN_FIGURES, ours, strict=False))}
+    ours = (_in_form_of(host, total, count) for total in totals)
+    return {**report, **dict(zip(OWN_FIGURES, ours, strict=False))}
+
+
+def _is_sum_of_this_rank(host: Any) -> bool:
+    return host is None or (isinstance(host, torch.Tensor) and host.numel() == 2)
 
 
 def _in_form_of(host: Any, total: torch.Tensor, count: torch.Tensor) -> Any:
+    if _is_sum_of_this_rank(host):
+        return torch.stack([total, count])
     if isinstance(host, (tuple, list)):
         return total, count
-    if isinstance(host, torch.Tensor) and host.numel() == 1:
-        return (total / count.clamp(min=1)).view_as(host)
-    return torch.stack([total, count])
-
-
-def token_count(figure: Any) -> float | None:
-    """The count of a reported (sum, count) in either form; None if there is none."""
-    if isinstance(figure, (tuple, list)):
-        return float(figure[1])
-    if isinstance(figure, torch.Tensor) and figure.numel() == 2:
-        return float(figure.view(-1)[1])
-    return None
+    mean = total / torch.where(count == 0, 1, count)
+    return mean.view_as(host) if isinstance(host, torch.Tensor) else mean
 
 
 def describe(config: ObjectiveConfig) -> str:

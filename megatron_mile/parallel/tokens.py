@@ -25,11 +25,11 @@ def normaliser(
         weight: w of every token, floating.
         mask: M, shape of `weight`, >= 0, any real or bool dtype; fractions count as such.
         mode: "global": both sums over all ranks of `group`, one all-reduce of two numbers.
-            "local": both sums on this rank. "none": alpha = 1. "official": the mean over ranks of
-            each rank's sum(M) / sum(M w), one all-reduce of one number. The MiLe authors' code
-            takes that mean over all tokens, ignored ones too; here masked tokens are left out, and
-            the two agree where nothing is masked. It is >= the global value for ranks with equal
-            numbers of tokens.
+            "local": both sums on this rank. "none": alpha = 1. "official": the mean of
+            sum(M) / sum(M w) over the ranks that have tokens, one all-reduce of two numbers. The
+            MiLe authors' code takes that mean over all tokens, ignored ones too; here masked tokens
+            are left out, and the two agree where nothing is masked. It is >= the global value for
+            ranks with equal numbers of tokens.
         group: Ranks that hold other tokens of the micro-batch; None for this rank alone.
 
     Returns:
@@ -46,10 +46,16 @@ def normaliser(
     sums = torch.stack([mask.double().sum(), masked(weight.detach(), mask).sum()])
     if mode == "global":
         sums = sum_over_ranks(sums, group)
-    alpha = torch.where((sums == 0).any(), 1, sums[0] / sums[1])
     if mode == "official":
-        alpha = sum_over_ranks(alpha, group) / group_size(group)
-    return alpha.to(weight.dtype)
+        counts = sums[0] != 0
+        alpha = torch.where(counts, _ratio(sums), 0)
+        sums = sum_over_ranks(torch.stack([alpha, counts.double()]), group)
+    return _ratio(sums).to(weight.dtype)
+
+
+def _ratio(sums: torch.Tensor) -> torch.Tensor:
+    """Return sums[0] / sums[1], 1 where either is 0."""
+    return torch.where((sums == 0).any(), 1, sums[0] / sums[1])
 
 
 def sum_over_ranks(sums: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:

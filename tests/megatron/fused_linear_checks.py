@@ -92,7 +92,8 @@ def check_fused_model_evaluates_and_infers_as_before() -> None:
         assert torch.equal(forward(model, labels), expected)
     assert torch.equal(forward(model, None), logits)  # training, but outside a forward step
     step = wrap_forward_step(forward_step, MILE)
-    output, _ = step(None, model.eval())
+    with torch.no_grad():
+        output, _ = step(None, model.eval())
     assert torch.equal(output, expected)
 
 

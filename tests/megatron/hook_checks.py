@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import sys
 from argparse import Namespace
+from typing import Any
 
 import torch
 from hook_model import (
     HOST,
-    MASK,
     MILE,
     B,
     S,
@@ -17,9 +17,7 @@ from hook_model import (
     V,
     batch,
     build_model,
-    forward,
     forward_step,
-    host_loss,
     raises,
     run_checks,
 )
@@ -30,7 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from megatron_mile import ObjectiveConfig, attach, install, uninstall, wrap_forward_step
 from megatron_mile.integration import refusals
 from megatron_mile.integration.errors import MileCompatError, MileError
-from megatron_mile.integration.install import METHOD, installed_config
+from megatron_mile.integration.loss_func import TrainedLoss
+from megatron_mile.integration.models import METHOD, installed_config
 from megatron_mile.loss import TokenLoss
 
 # Spelled out, so that one that goes missing is missed.
@@ -98,12 +97,27 @@ def check_attach_unwraps_and_refuses_other_models() -> None:
     raises(MileError, "Linear has no method", attach, torch.nn.Linear(2, 2), MILE)
 
 
+def check_attach_refuses_a_loss_that_it_would_drop() -> None:
+    class OwnLoss(GPTModel):
+        def compute_language_model_loss(self, labels: torch.Tensor, logits: Any) -> Any:
+            return super().compute_language_model_loss(labels, logits)
+
+    model, other = build_model(), build_model()
+    model.__class__ = OwnLoss
+    raises(MileError, f"OwnLoss computes its loss in a {METHOD} of its own", attach, model, MILE)
+    setattr(other, METHOD, lambda labels, logits: logits)  # as ModelOpt does
+    raises(MileError, "GPTModel computes its loss", attach, other, MILE)
+
+
 def check_hook_refuses_logits_that_do_not_fit() -> None:
     model, labels = build_model(), batch()[1]
     install(MILE)
     method = getattr(model, METHOD)
-    raises(MileError, f"padded vocabulary of {V}", method, labels, torch.zeros(S, B, V // 2))
-    raises(MileError, "expected [s, b, V/tp]", method, labels, torch.zeros(B, S, V))
+    for text, shape in (
+        (f"padded vocabulary of {V}", (S, B, V // 2)),
+        ("expected [s, b, V/tp]", (B, S, V)),
+    ):
+        raises(MileError, text, method, labels, torch.zeros(shape, requires_grad=True))
 
 
 def check_wrap_forward_step_is_idempotent() -> None:
@@ -169,29 +183,6 @@ def check_settings_of_hook_and_forward_step_must_agree() -> None:
     raises(MileError, "give both the same", loss_func, output)
 
 
-def check_mask_is_the_one_that_the_host_counts() -> None:
-    def closure_step(iterator: object, model: object) -> Step:
-        return forward(model, batch()[1]), lambda output: host_loss(MASK, output)
-
-    def keyword_step(iterator: object, model: object) -> Step:
-        def loss(labels: torch.Tensor, output: torch.Tensor, loss_mask: torch.Tensor) -> object:
-            return host_loss(loss_mask, output)
-
-        return forward(model, batch()[1]), functools.partial(loss, batch()[1], loss_mask=MASK)
-
-    install(MILE)
-    model = build_model()
-    output, loss_func = wrap_forward_step(closure_step, MILE)(None, model)
-    raises(MileError, "mask of 24 tokens", loss_func, output)
-    (by_name, _, _), (by_position, _, _) = (
-        reduce(output)
-        for output, reduce in (
-            wrap_forward_step(step, MILE)(None, model) for step in (keyword_step, forward_step)
-        )
-    )
-    assert torch.equal(by_name, by_position)
-
-
 def check_refuse_settings_names_the_flag() -> None:
     calm = {"load": None, "use_distributed_optimizer": False}
     refusals.refuse_settings(Namespace(**calm), MILE)
@@ -237,15 +228,16 @@ def check_later_steps_never_wait_for_a_value() -> None:
     install(config)
     step, model = wrap_forward_step(forward_step, config), build_model()
     output, loss_func = step(None, model)
-    loss_func(output)  # the first step compares the mask with the host's count
+    loss_func(output)  # the first step looks for tokens without a target
     output, loss_func = step(None, model)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         logits = mode.from_tensor(torch.zeros(S, B, V, requires_grad=True))
         loss = getattr(model, METHOD)(mode.from_tensor(batch()[1]), logits * 1)
         assert isinstance(loss, FakeTensor)
-        window = loss_func.args[1]
-        window.stats = TokenLoss(*map(mode.from_tensor, window.stats[:5]))
-        total, _, report = loss_func(mode.from_tensor(output))
+        window, fake = loss_func.args[1], mode.from_tensor(output)
+        stats = TokenLoss(*map(mode.from_tensor, window.trained.stats[:5]))
+        window.trained = TrainedLoss(fake, stats, config)
+        total, _, report = loss_func(fake)
     assert isinstance(total, FakeTensor)
     assert isinstance(report["mile loss"], FakeTensor)
 

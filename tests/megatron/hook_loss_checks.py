@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import helpers
 import torch
@@ -38,17 +39,35 @@ def check_evaluation_returns_the_hosts_bits() -> None:
     step = wrap_forward_step(forward_step, MILE)
     with torch.no_grad():
         assert torch.equal(forward(model, labels), expected)
-    output, loss_func = step(None, model.eval())
-    assert torch.equal(output, expected)
-    assert [*loss_func(output)[2]] == ["lm loss"]
-    assert torch.equal(loss_func(output)[0], host_loss(MASK, expected)[0])
+    for mode in (True, False):
+        with torch.no_grad():
+            output, loss_func = step(None, model.train(mode))
+            assert torch.equal(output, expected)
+            assert [*loss_func(output)[2]] == ["lm loss"]
+            assert torch.equal(loss_func(output)[0], host_loss(MASK, expected)[0])
+
+
+def check_evaluation_mode_trains_the_objective_where_it_is_differentiated() -> None:
+    """Frozen dropout on purpose, or a forgotten model.train(); its value is plain cross-entropy."""
+    model, gradients = build_model(), []
+    plain = forward(model, batch()[1]).detach()
+    install(MILE)
+    for mode in (True, False):
+        model.zero_grad()
+        output, loss_func = wrap_forward_step(forward_step, MILE)(None, model.train(mode))
+        assert helpers.error(output, plain) < 1e-6
+        total, _, report = loss_func(output)
+        total.backward()
+        assert "mile loss" in report
+        gradients.append(model.output_layer.weight.grad.clone())
+    assert torch.equal(*gradients)
 
 
 def check_training_repeats_the_oracle() -> None:
     """Loss, report and the gradient of the output weights, against float64."""
     model, labels, hidden = build_model(), batch()[1], []
     logits = forward(model, None).detach()
-    model.output_layer.register_forward_hook(lambda layer, args, out: hidden.append(args[0]))
+    model.output_layer.register_forward_pre_hook(lambda layer, given: hidden.append(given[0]))
     install(MILE)
     output, loss_func = wrap_forward_step(forward_step, MILE)(None, model)
     total, count, report = loss_func(output)
@@ -71,13 +90,30 @@ def check_training_repeats_the_oracle() -> None:
     assert helpers.error(model.output_layer.weight.grad, gradient) < 2e-6
 
 
-def check_training_output_is_token_loss() -> None:
+def check_training_output_has_the_value_of_the_hosts() -> None:
+    """And the gradient of token_loss."""
     model, labels = build_model(), batch()[1]
     logits = forward(model, None)
-    attach(model, MILE)
-    output, _ = wrap_forward_step(forward_step, MILE)(None, model)
-    assert torch.equal(output, token_loss(logits, labels, MILE).loss)
-    assert not torch.allclose(output, token_loss(logits, labels, ObjectiveConfig("ce")).loss)
+    plain = forward(model, labels).detach()
+    config = ObjectiveConfig("mile", gamma=2.0, normalize="none")
+    attach(model, config)
+    output, loss_func = wrap_forward_step(forward_step, config)(None, model)
+    assert helpers.error(output, plain) < 1e-6
+    loss_func(output)[0].backward()
+    found = model.output_layer.weight.grad.clone()
+    model.zero_grad()
+    (token_loss(logits, labels, config).loss * MASK).sum().backward()
+    assert helpers.error(found, model.output_layer.weight.grad) < 1e-6
+
+
+def check_logits_that_a_hook_keeps_are_left_alone() -> None:
+    model, kept = build_model(), []
+    expected = forward(model, None).detach()
+    model.output_layer.register_forward_hook(lambda layer, given, out: kept.append(out[0]))
+    install(MILE)
+    output, loss_func = wrap_forward_step(forward_step, MILE)(None, model)
+    loss_func(output)[0].backward()
+    assert torch.equal(kept[0].detach().transpose(0, 1), expected)
 
 
 def check_report_keeps_the_form_of_a_mean() -> None:
@@ -122,7 +158,7 @@ def check_prediction_heads_keep_the_hosts_loss() -> None:
     model, labels = build_model(), batch()[1]
     logits = forward(model, None).transpose(0, 1).contiguous()
     host = HOST(model, labels, logits.clone())
-    weighted = token_loss(logits.transpose(0, 1), labels, MILE).loss
+    plain = token_loss(logits.transpose(0, 1), labels, MILE).nll
     model.config.mtp_num_layers, model.mtp_process = 2, True
 
     def step(iterator: Any, model: Any) -> tuple[list[torch.Tensor], Callable[..., Any]]:
@@ -133,14 +169,14 @@ def check_prediction_heads_keep_the_hosts_loss() -> None:
     (first, second, main), _ = wrap_forward_step(step, MILE)(None, model)
     assert torch.equal(first, host)
     assert torch.equal(second, host)
-    assert torch.equal(main, weighted)
+    assert torch.equal(main, plain)
     raises(MileError, "wrap_forward_step", step, None, model)
     # GPTModel computes them on its last stage wherever they are, and so does what inherits from it.
     model.mtp_process = False
     model.__class__ = type("ModelOfAFork", (GPTModel,), {})
     (_, second, main), _ = wrap_forward_step(step, MILE)(None, model)
     assert torch.equal(second, host)
-    assert torch.equal(main, weighted)
+    assert torch.equal(main, plain)
 
 
 def check_backward_refuses_a_loss_that_nobody_normalised() -> None:
@@ -163,7 +199,12 @@ def check_step_refuses_two_main_losses() -> None:
 
 
 def check_loss_func_refuses_a_model_that_bypasses() -> None:
-    output, loss_func = wrap_forward_step(forward_step, MILE)(None, build_model())
+    def step(iterator: Any, model: Any) -> Step:
+        with mock.patch.object(GPTModel, METHOD, HOST):
+            return forward_step(iterator, model)
+
+    install(MILE)
+    output, loss_func = wrap_forward_step(step, MILE)(None, build_model())
     raises(MileError, "objective not applied: GPTModel computed its loss", loss_func, output)
 
 

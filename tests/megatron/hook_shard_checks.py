@@ -163,7 +163,8 @@ def check_attached_emo_fetches_rows_ahead_of_the_logits() -> None:
         output, loss_func = wrap_forward_step(forward_step, emo)(None, model)
         total = loss_func(output)[0]
         total.backward()
-        forward(model.eval(), labels)
+        with torch.no_grad():
+            forward(model.eval(), labels)
         uninstall()
         forward(model.train(), labels)
         assert events == ["rows", "logits", "logits", "logits"]

@@ -9,7 +9,7 @@ from training_runs import HERE, TrainingRuns
 
 pytestmark = [pytest.mark.slow, pytest.mark.compat]
 
-TWO_RANKS = ("hook_shard_checks.py", "hook_data_checks.py")
+TWO_RANKS = ("hook_shard_checks.py", "hook_data_checks.py", "hook_mask_checks.py")
 # Read as text: importing the scripts would import Megatron into this process.
 CHECKS = [
     pytest.param(script, check, id=f"{script.stem}-{check}")

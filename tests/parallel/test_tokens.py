@@ -87,13 +87,14 @@ def _alpha(rank: int, masks: str, mode: str, together: bool) -> float:
     """Return alpha from its definition."""
     sums = [_sums(r, masks) for r in range(2)]
     chosen = sums if together else [sums[rank]]
-    each = [m / mw if m else 1.0 for m, mw, _ in chosen]
+    each = [m / mw if m else None for m, mw, _ in chosen]
     if mode == "global":
         m, mw = sum(s[0] for s in chosen), sum(s[1] for s in chosen)
         return m / mw if m else 1.0
     if mode == "local":
-        return each[rank] if together else each[0]
-    return 1.0 if mode == "none" else sum(each) / len(each)
+        return (each[rank] if together else each[0]) or 1.0
+    some = [alpha for alpha in each if alpha is not None]
+    return sum(some) / len(some) if some and mode == "official" else 1.0
 
 
 @pytest.mark.parametrize("name", ["both", "alone"])
