@@ -32,7 +32,7 @@ from megatron_mile.integration.refusals import (
     refuse_settings,
 )
 from megatron_mile.integration.run_data import changed_data
-from megatron_mile.integration.telemetry import describe, start_block
+from megatron_mile.integration.telemetry import alpha_scope, describe, start_block
 from megatron_mile.linear import CHUNK_TOKENS
 from megatron_mile.ops import dispatch
 
@@ -183,6 +183,7 @@ def _objective_lines(
     fused = f"with the loss, {CHUNK_TOKENS} tokens at a time in training"
     return [
         ("objective", describe(config)),
+        ("alpha", alpha_scope(vars(args), config.alpha_mode)),
         *_cost_lines(args, config),
         ("backend", dispatch.select(config.backend, device)[1]),
         ("projection", fused if args.mile_fused_linear else "the host's"),
@@ -205,6 +206,18 @@ def _cost_lines(args: Namespace, config: ObjectiveConfig) -> list[tuple[str, str
     return [("cost rows", f"{args.mile_emo_cost}, sha256 {args.mile_emo_cost_digest[:12]}")]
 
 
+def _note_other_alpha(stored: dict[str, Any], current: dict[str, Any]) -> None:
+    """Say that a resume forms alpha over other tokens: that weights sequences differently."""
+    from megatron.training import print_rank_0
+
+    config = arguments.config_from_namespace(Namespace(**current))
+    if config is None:
+        return
+    before, now = (alpha_scope(args, config.alpha_mode) for args in (stored, current))
+    if before != now:
+        print_rank_0(f"> megatron_mile: alpha was {before}; it is now {now}")
+
+
 def _with_resume_check(host: Callable[..., Any]) -> Callable[..., Any]:
     def check_checkpoint_args(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args
@@ -219,6 +232,7 @@ def _with_resume_check(host: Callable[..., Any]) -> Callable[..., Any]:
                     f"the checkpoint was trained with {what}: {'; '.join(changes)}; "
                     f"resume with the same {same}, or add --mile-allow-change"
                 )
+        _note_other_alpha(stored, current)
         return host(checkpoint_args, *args, **kwargs)
 
     return check_checkpoint_args

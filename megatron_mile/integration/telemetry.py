@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,31 @@ def describe(config: ObjectiveConfig) -> str:
     through = config.entropy_grad and config.objective == "mile"
     settings.append("gradient through the entropy" if through else "weights detached")
     return f"{config.objective} ({', '.join(settings)})"
+
+
+def alpha_scope(args: Mapping[str, Any], normalize: str) -> str:
+    """Say over how many tokens a job's alpha is formed.
+
+    Args:
+        args: Megatron's arguments, of this job or stored with a checkpoint.
+        normalize: `ObjectiveConfig.alpha_mode`.
+    """
+    if normalize == "none":
+        return "1 for every token"
+    micro_batch, length, ranks = (
+        args.get(name) or 1 for name in ("micro_batch_size", "seq_length", "data_parallel_size")
+    )
+    parts = args.get("context_parallel_size") or 1
+    tokens = micro_batch * length // parts
+    here = f"{tokens} tokens (micro-batch {micro_batch} x sequence {length // parts})"
+    ranks *= parts
+    return {
+        "global": f"formed over {tokens * ranks} tokens in each micro-batch: "
+        f"{ranks} DP x CP ranks of {here}",
+        "local": f"formed over the {here} of each rank in each micro-batch",
+        "official": f"the mean over {ranks} DP x CP ranks, each formed over {here} in each "
+        "micro-batch",
+    }[normalize]
 
 
 def start_block(lines: Sequence[tuple[str, str]]) -> str:
