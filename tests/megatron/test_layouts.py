@@ -76,6 +76,8 @@ def test_training_pipeline_trains(runs: TrainingRuns, world_size: int, layout: s
     assert run["mile loss"] != run["lm loss"]
     # The start block comes from the first rank, the figures from the last.
     assert "> megatron_mile" in run.logs[0]
+    alpha = "formed over 128 tokens in each micro-batch: 1 DP x CP ranks of 128 tokens"
+    assert f"{alpha} (micro-batch 2 x sequence 64)" in run.logs[0]
     assert "mile loss: " not in run.logs[0]
     for figure in FIGURES:
         assert run.logs[-1].count(f"| {figure}: ") == 12
