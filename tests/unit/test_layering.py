@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mile.objectives import OBJECTIVES
+
 LIBRARY = Path(__file__).parents[2] / "megatron_mile"
 FILES = sorted(path.relative_to(LIBRARY).as_posix() for path in LIBRARY.rglob("*.py"))
 
@@ -160,3 +162,26 @@ def test_functions_fit_a_screen_and_the_file_introduces_itself(file: str) -> Non
     long = [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= SCREEN]
     assert long == []
     assert ast.get_docstring(tree)
+
+
+def compared_names(source: str) -> list[str]:
+    """Return the objectives' names that code compares with something."""
+    compared = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Compare)]
+    constants = (x for node in compared for x in ast.walk(node) if isinstance(x, ast.Constant))
+    return [x.value for x in constants if x.value in OBJECTIVES]
+
+
+def test_nobody_asks_for_an_objective_by_name() -> None:
+    root = LIBRARY.parent
+    files = (
+        path
+        for room in ("megatron_mile", "tools", "examples")
+        for path in (root / room).rglob("*.py")
+    )
+    asking = {str(path): compared_names(path.read_text(encoding="utf-8")) for path in files}
+    assert {path: names for path, names in asking.items() if names} == {}
+
+
+def test_compared_names_finds_each_kind() -> None:
+    source = 'a == "emo"; "mile" != b; c in ("ce", "none"); d = {"focal": 1}; f("mile")'
+    assert compared_names(source) == ["emo", "mile", "ce"]
