@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import Any
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.emo import CostRows
 from megatron_mile.linear import linear_token_loss
 from megatron_mile.loss import TokenLoss, reduce_loss, token_loss
-from megatron_mile.transport import CostRows
 
 __version__ = "0.1.0"
 __all__ = [

@@ -17,23 +17,21 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.loss import TokenLoss, check_dtypes, valid_targets
+from megatron_mile.loss import TokenLoss, check_dtypes, valid_targets, weigh_shard
 from megatron_mile.ops import dispatch
+from megatron_mile.ops.blocks import Coefficients
 from megatron_mile.parallel import ProcessGroup, group_size
 from megatron_mile.parallel.hidden import gather_sequence, start_reduce
-from megatron_mile.parallel.vocab import local_targets, shard_range
-from megatron_mile.weighting import scale_coefficients, weigh_shard
+from megatron_mile.parallel.vocab import VocabShard
 
 CHUNK_TOKENS = 1024
 
 
-class _Setting(NamedTuple):
+class _Settings(NamedTuple):
     """What does not change from block to block."""
 
     config: ObjectiveConfig
-    columns: int
-    """Columns of this shard that are no padding."""
-    group: ProcessGroup | None
+    shard: VocabShard
     chunk_tokens: int
     sequence_parallel: bool
 
@@ -75,21 +73,22 @@ def linear_token_loss(
             its hooks.
 
     Raises:
-        ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, or the objective is
-            emo.
+        ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, or the objective
+            needs cost rows (emo).
     """
-    if config.objective == "emo":
-        raise ValueError("objective emo has no form without logits; use token_loss")
+    if config.definition.needs_cost:
+        raise ValueError(f"objective {config.objective} has no form without logits; use token_loss")
     _check_tensors(hidden, weight, targets, group_size(tp_group) if sequence_parallel else 1)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; expected 1 or more")
-    start, end = shard_range(weight.size(0), vocab_range, tp_group, vocab_size)
-    local = local_targets(targets, start, end)
-    valid = valid_targets(targets, ignore_index)
-    setting = _Setting(config, end - start, tp_group, chunk_tokens, sequence_parallel)
+    shard = VocabShard.of(weight.size(0), vocab_range, tp_group, vocab_size)
+    local, valid = shard.local(targets), valid_targets(targets, ignore_index)
+    settings = _Settings(config, shard, chunk_tokens, sequence_parallel)
     main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
-    fields = _LinearLoss.apply(hidden, weight, local, valid, setting, main_grad)
-    return TokenLoss._make([*fields, valid, None])
+    loss, nll, entropy, weights = _LinearLoss.apply(
+        hidden, weight, local, valid, settings, main_grad
+    )
+    return TokenLoss(loss, nll, entropy, weights, valid)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -102,20 +101,21 @@ class _LinearLoss(torch.autograd.Function):
         weight: torch.Tensor,
         targets: torch.Tensor,
         valid: torch.Tensor,
-        setting: _Setting,
+        settings: _Settings,
         main_grad: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         """Return (loss, nll, entropy, weight), each of the targets' shape."""
-        ctx.setting, ctx.main_grad = setting, main_grad
-        ctx.implementation, _ = dispatch.select(setting.config.backend, hidden.device, hidden.dtype)
-        rows, flat_targets = _rows(hidden, setting), targets.flatten()
+        ctx.settings, ctx.main_grad = settings, main_grad
+        config, device = settings.config, hidden.device
+        ctx.implementation, _ = dispatch.select(config.backend, device, hidden.dtype)
+        rows, flat_targets = _rows(hidden, settings), targets.flatten()
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        shard = hidden.new_empty(4, *targets.shape, dtype=dtype)
-        for block, logits in _blocks(rows, weight, setting):
-            stats = ctx.implementation.token_stats(logits, flat_targets[block])
-            shard.view(4, -1)[:, block] = stats
-        fields, coefficients = weigh_shard(shard, valid, setting.config, setting.group)
-        ctx.save_for_backward(hidden, weight, targets, shard[0], coefficients)
+        stats = hidden.new_empty(4, *targets.shape, dtype=dtype)
+        for block, logits in _blocks(rows, weight, settings):
+            part = ctx.implementation.token_stats(logits, flat_targets[block])
+            stats.view(4, -1)[:, block] = part
+        fields, coefficients = weigh_shard(stats, valid, config, settings.shard)
+        ctx.save_for_backward(hidden, weight, targets, stats[0], coefficients)
         loss, *others = fields.unbind()
         ctx.mark_non_differentiable(*others)
         return loss, *others
@@ -125,41 +125,41 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of hidden and weight in their dtypes."""
         hidden, weight, targets, m, coefficients = ctx.saved_tensors
-        setting: _Setting = ctx.setting
-        rows = _rows(hidden, setting)
-        scaled = scale_coefficients(coefficients, grad, m.dtype).view(len(coefficients), -1)
+        settings: _Settings = ctx.settings
+        rows = _rows(hidden, settings)
+        scaled = Coefficients.scaled(coefficients, grad, m.dtype).map(torch.flatten)
         flat_targets, maxima = targets.flatten(), m.flatten()
         d_rows = rows.new_empty(rows.shape)
         d_weight = _accumulator(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
-        for block, logits in _blocks(rows, weight, setting):
+        for block, logits in _blocks(rows, weight, settings):
             d_logits = ctx.implementation.token_stats_backward(
-                logits, flat_targets[block], maxima[block], scaled[:, block], out=logits
+                logits, flat_targets[block], maxima[block], scaled.part(block), out=logits
             )
-            torch.mm(d_logits, weight[: setting.columns], out=d_rows[block])
+            torch.mm(d_logits, weight[: settings.shard.columns], out=d_rows[block])
             if block.stop >= len(rows):  # the reduction runs beside the last block's d weight
                 d_hidden = d_rows.view(*targets.shape, rows.size(-1))
-                reduced = start_reduce(d_hidden, setting.group, setting.sequence_parallel)
+                reduced = start_reduce(d_hidden, settings.shard.group, settings.sequence_parallel)
             if d_weight is not None:
-                _add_product(d_weight[: setting.columns], d_logits, rows[block])
+                _add_product(d_weight[: settings.shard.columns], d_logits, rows[block])
         return reduced(), _finished(d_weight, weight, ctx.main_grad), None, None, None, None
 
 
-def _rows(hidden: torch.Tensor, setting: _Setting) -> torch.Tensor:
+def _rows(hidden: torch.Tensor, settings: _Settings) -> torch.Tensor:
     """Return the hidden states of all tokens, [T, H]."""
-    whole = gather_sequence(hidden, setting.group) if setting.sequence_parallel else hidden
+    whole = gather_sequence(hidden, settings.shard.group) if settings.sequence_parallel else hidden
     return whole.reshape(-1, whole.size(-1))
 
 
 def _blocks(
-    rows: torch.Tensor, weight: torch.Tensor, setting: _Setting
+    rows: torch.Tensor, weight: torch.Tensor, settings: _Settings
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield which tokens, and their logits [n, columns], which the next block overwrites."""
-    size = min(setting.chunk_tokens, max(len(rows), 1))
-    buffer = rows.new_empty(size, setting.columns)
+    size = min(settings.chunk_tokens, max(len(rows), 1))
+    buffer = rows.new_empty(size, settings.shard.columns)
     for start in range(0, max(len(rows), 1), size):
         block = slice(start, start + size)
         part = rows[block]
-        yield block, torch.mm(part, weight[: setting.columns].t(), out=buffer[: len(part)])
+        yield block, torch.mm(part, weight[: settings.shard.columns].t(), out=buffer[: len(part)])
 
 
 def _accumulator(weight: torch.Tensor, main_grad: torch.Tensor | None) -> torch.Tensor:

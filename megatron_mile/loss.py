@@ -2,8 +2,12 @@
 
 The forward reads the logits once and exchanges four numbers per token over the tensor-parallel
 group; the backward reads them once, writes the gradient once, and exchanges nothing. What is saved
-for it is the logits themselves and a few numbers per token. EMO has a node of its own, in
-`transport`.
+for it is the logits themselves and a few numbers per token. EMO has a node of its own, in `emo`.
+
+    logits [..., V/tp]  --ops-->              (m, S, T, z_y) of this shard
+                        --parallel.vocab-->   the same of the whole vocabulary, one all_gather
+                        --objectives-->       loss, and the coefficients of its gradient
+    d logits            <--ops--              coefficients times the incoming gradient
 """
 
 from typing import Any, NamedTuple
@@ -12,12 +16,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.emo import SPENT, CostRows, EmoLoss, NodeSettings, TargetCosts
+from megatron_mile.objectives import NEED_COST
 from megatron_mile.ops import dispatch
+from megatron_mile.ops.blocks import Coefficients
 from megatron_mile.parallel import ProcessGroup
 from megatron_mile.parallel.tokens import masked, normaliser
-from megatron_mile.parallel.vocab import local_targets, shard_range
-from megatron_mile.transport import SPENT, CostRows, TargetCosts, TransportLoss
-from megatron_mile.weighting import scale_coefficients, weigh_shard
+from megatron_mile.parallel.vocab import VocabShard, join_stats
 
 
 class TokenLoss(NamedTuple):
@@ -38,7 +43,7 @@ class TokenLoss(NamedTuple):
     valid: torch.Tensor
     """bool: the target is not ignore_index."""
     emo: torch.Tensor | None = None
-    """DEMD, the distance of the objective emo, no unit, in [0, 2]; None for the others."""
+    """The distance D, no unit, in [0, 2], of an objective that has one (emo); else None."""
 
 
 def token_loss(
@@ -89,16 +94,16 @@ def token_loss(
             f"inplace=True with logits that overlap in memory (strides {tuple(logits.stride())}); "
             "pass inplace=False or logits.contiguous()"
         )
-    start, end = shard_range(logits.size(-1), vocab_range, tp_group, vocab_size)
-    local = local_targets(targets, start, end)
-    valid = valid_targets(targets, ignore_index)
-    settings = logits, local, valid, end - start, config, tp_group, inplace
+    shard = VocabShard.of(logits.size(-1), vocab_range, tp_group, vocab_size)
+    local, valid = shard.local(targets), valid_targets(targets, ignore_index)
+    settings = NodeSettings(config, shard, inplace)
     if cost is None:
-        return TokenLoss._make([*_WeightedLoss.apply(*settings), valid, None])
+        loss, nll, entropy, weight = _WeightedLoss.apply(logits, local, valid, settings)
+        return TokenLoss(loss, nll, entropy, weight, valid)
     if isinstance(cost, CostRows):
         cost = cost.fetch(targets, tp_group, vocab_range)
-    *fields, distance = TransportLoss.apply(*settings, cost)
-    return TokenLoss._make([*fields, valid, distance])
+    loss, nll, entropy, weight, distance = EmoLoss.apply(logits, local, valid, settings, cost)
+    return TokenLoss(loss, nll, entropy, weight, valid, distance)
 
 
 def reduce_loss(
@@ -140,22 +145,21 @@ class _WeightedLoss(torch.autograd.Function):
         logits: torch.Tensor,
         targets: torch.Tensor,
         valid: torch.Tensor,
-        columns: int,
-        config: ObjectiveConfig,
-        group: ProcessGroup | None,
-        inplace: bool,
+        settings: NodeSettings,
     ) -> tuple[torch.Tensor, ...]:
-        """Return (loss, nll, entropy, weight) from the first `columns` of the logits."""
+        """Return (loss, nll, entropy, weight) of logits and local targets."""
+        config, shard, inplace = settings
         ctx.implementation, _ = dispatch.select(config.backend, logits.device, logits.dtype)
-        ctx.columns, ctx.inplace, ctx.spent = columns, inplace, False
+        ctx.settings, ctx.spent = settings, False
         # The gradient through the entropy needs z - m once more, not only its exponential.
-        ctx.consumed = inplace and ctx.needs_input_grad[0] and not config.entropy_grad
-        shard = ctx.implementation.token_stats(logits[..., :columns], targets, ctx.consumed)
-        fields, coefficients = weigh_shard(shard, valid, config, group)
+        ctx.consumed = inplace and ctx.needs_input_grad[0] and config.entropy_slope is None
+        inside = logits[..., : shard.columns]
+        stats = ctx.implementation.token_stats(inside, targets, ctx.consumed)
+        fields, coefficients = weigh_shard(stats, valid, config, shard)
         if inplace:
             # Whoever saved the logits must learn now, also if the write waits for the backward.
             torch.autograd.graph.increment_version(logits)
-        ctx.save_for_backward(logits, targets, shard[0], coefficients)
+        ctx.save_for_backward(logits, targets, stats[0], coefficients)
         loss, *others = fields.unbind()
         ctx.mark_non_differentiable(*others)
         return loss, *others
@@ -167,15 +171,84 @@ class _WeightedLoss(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError(SPENT)
         logits, targets, m, coefficients = ctx.saved_tensors
-        scaled = scale_coefficients(coefficients, grad, m.dtype)
-        ctx.spent = ctx.inplace
-        out = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        inside = (..., slice(ctx.columns))
+        scaled = Coefficients.scaled(coefficients, grad, m.dtype)
+        ctx.spent = inplace = ctx.settings.inplace
+        out = logits.detach() if inplace else torch.empty_like(logits)
+        columns = ctx.settings.shard.columns
+        inside = (..., slice(columns))
         ctx.implementation.token_stats_backward(
             logits[inside], targets, m, scaled, out[inside], ctx.consumed
         )
-        out[..., ctx.columns :] = 0
-        return out, None, None, None, None, None, None
+        out[..., columns:] = 0
+        return out, None, None, None
+
+
+def weigh_shard(
+    stats: torch.Tensor, valid: torch.Tensor, config: ObjectiveConfig, shard: VocabShard
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss per token and the coefficients of this shard's gradient; one all_gather.
+
+    Args:
+        stats: (m, S, T, z_y) of this shard, [4, ...].
+        valid: bool [...]; other tokens get 0 throughout.
+        config: The objective.
+        shard: What this rank has of the vocabulary.
+
+    Returns:
+        (loss, nll, entropy, weight), [4, ...] in the dtype of `stats`; and the stacked
+        coefficients, fp64 [2 or 3, ...].
+    """
+    joined = join_stats(stats, shard.group)
+    fields, coefficients = weigh(joined, config)
+    stacked = _rebase(coefficients, stats[0] - joined[0]).stack()
+    return fields.masked_fill(~valid, 0).to(stats.dtype), stacked.masked_fill(~valid, 0)
+
+
+def weigh(stats: torch.Tensor, config: ObjectiveConfig) -> tuple[torch.Tensor, Coefficients]:
+    """Return (loss, nll, H, w) and the gradient's coefficients at an incoming gradient of 1.
+
+    With p = e^(z-m) / S the gradient w (p - 1_y) - nll w'(H) p (ln p + H) is
+    e^(z-m) (flat + tilt (z-m)) - w 1_y; tilt is 0 and left out where w is held constant. At the
+    target it is one number per token, peak, so that no rounding of a logit's exponential enters
+    p_y - 1. Everything is fp64, because a large gamma amplifies the rounding of H.
+
+    Args:
+        stats: (m, S, T, z_y) of the whole vocabulary, fp64 [4, ...].
+        config: The objective.
+
+    Returns:
+        fp64 [4, ...], and coefficients of [...] each.
+    """
+    m, total, moment, z_y = stats
+    log_total, spread = total.log(), -moment / total
+    nll = log_total - (z_y - m)
+    entropy = (log_total + spread).clamp(min=0)
+    weigh_token, own = config.definition.weight, config.own
+    weight = torch.ones_like(nll) if weigh_token is None else weigh_token(nll, entropy, **own)
+    loss = weight * nll
+    # A weight may be finite where no shard held the target; the gradient must not be.
+    height = weight.masked_fill(nll.isnan(), torch.nan)
+    flat, peak, tilt = height / total, height * torch.expm1(-nll), None
+    if config.entropy_slope is not None:
+        tilt = -nll * config.entropy_slope(nll, entropy, **own) / total
+        flat = flat + tilt * spread
+        peak = peak + tilt * torch.exp(z_y - m) * (z_y - m + spread)
+    return torch.stack([loss, nll, entropy, weight]), Coefficients(flat, peak, tilt)
+
+
+def _rebase(coefficients: Coefficients, shift: torch.Tensor) -> Coefficients:
+    """Make coefficients of e^(z-m) those of e^(z-m_r), with m_r the maximum of this shard alone.
+
+    Args:
+        coefficients: fp64, [...] each.
+        shift: m_r - m, fp64 [...]; -inf or NaN where the shard has no finite logit.
+    """
+    flat, peak, tilt = coefficients
+    shift = torch.where(shift > -torch.inf, shift, 0)  # e^(z-m_r) is 0 there: any finite shift
+    scale = shift.exp()
+    if tilt is None:
+        return Coefficients(scale * flat, peak)
+    return Coefficients(scale * (flat + tilt * shift), peak, scale * tilt)
 
 
 def valid_targets(targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
@@ -207,12 +280,12 @@ def _check_cost(
     config: ObjectiveConfig,
     cost: CostRows | TargetCosts | None,
 ) -> None:
-    """Raise ValueError unless emo has a cost row per column, and no other objective has any."""
-    if (cost is None) == (config.objective == "emo"):
+    """Raise ValueError unless there is a cost row per column where the objective needs them."""
+    if (cost is None) == config.definition.needs_cost:
         given = "no cost" if cost is None else f"a {type(cost).__name__}"
         raise ValueError(
             f"objective {config.objective} with {given}; expected cost=CostRows(rows [V/tp, d]) "
-            "for emo, and none for the others"
+            f"for {', '.join(NEED_COST)}, and none for the others"
         )
     if isinstance(cost, TargetCosts):
         if cost.shape != targets.shape:

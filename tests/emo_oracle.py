@@ -86,7 +86,7 @@ def hard_cost_rows(vocab: int, width: int, dtype: torch.dtype, seed: int = 5) ->
 def certain_rows(count: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return fp32 logits [T, V], targets and cost rows: all mass on some wrong token or two.
 
-    nll is up to 100 and more, and so is the slope of mode 1, times a difference that vanishes.
+    nll is up to 100 and more, and so is the tilt of mode 1, times a difference that vanishes.
     """
     random = torch.Generator().manual_seed(3)
     logits = 20 * torch.randn(count, vocab, generator=random)

@@ -29,7 +29,7 @@ def run(
     inplace: bool = False,
     upstream: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Return loss, nll, entropy, DEMD and gradient."""
+    """Return loss, nll, entropy, distance and gradient."""
     leaf = logits.detach().clone().requires_grad_()
     out = token_loss(leaf * 1, targets, config, inplace=inplace, cost=cost)
     assert out.emo is not None

@@ -1,9 +1,11 @@
 """What the tests share: a float64 oracle, rows that are hard to compute, and a gloo launcher.
 
-The oracle is dense and written from the definitions p = softmax(z), H = -sum p ln p; it uses
-nothing of the library.
+The oracle is dense and written from the definitions p = softmax(z), H = -sum p ln p; of the library
+it takes the settings alone.
 """
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 import socket
@@ -18,8 +20,43 @@ import torch.multiprocessing as mp
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import TokenLoss, token_loss
+from megatron_mile.objectives import OBJECTIVES
 
 IGNORED = -100
+MILE = ObjectiveConfig()
+# The weight of each objective, from its equation and not from the code: (nll, H, settings) -> w.
+WEIGHTS: dict[str, Callable[[torch.Tensor, torch.Tensor, ObjectiveConfig], torch.Tensor]] = {
+    "ce": lambda nll, entropy, _: torch.ones_like(nll),
+    "mile": lambda nll, entropy, config: (config.sigma + entropy) ** config.gamma,
+    "focal": lambda nll, entropy, config: (1 - torch.exp(-nll)).clamp(min=0) ** config.gamma,
+}
+# Those of the library whose loss is a weight times nll: each must have its equation above.
+WEIGHTED = [name for name, objective in OBJECTIVES.items() if not objective.needs_cost]
+# Where powers have a kink or amplify, and where nothing safeguards them.
+_DELICATE = {"gamma": (0, 0.5, 1, 2, 5), "sigma": (0, 1)}
+
+
+def variations(objective: str, **common: Any) -> list[ObjectiveConfig]:
+    """Return an objective's configurations over what is delicate, but for those it refuses."""
+    own = [setting.name for setting in OBJECTIVES[objective].settings if setting.name in _DELICATE]
+    found = []
+    for values in itertools.product(*(_DELICATE[name] for name in own)):
+        with contextlib.suppress(ValueError):
+            found.append(
+                ObjectiveConfig(objective, **dict(zip(own, values, strict=True)), **common)
+            )
+    return found
+
+
+def weighted_configs(**common: Any) -> dict[str, ObjectiveConfig]:
+    """Return every objective that is a weight, some with gamma 2, also through its entropy."""
+    gammas = {name: 1 if name == MILE.objective else 2 for name in WEIGHTED}
+    configs = {name: ObjectiveConfig(name, gamma=gammas[name], **common) for name in WEIGHTED}
+    for name in WEIGHTED:
+        if OBJECTIVES[name].weight_slope is not None:
+            config = ObjectiveConfig(name, gamma=2, entropy_grad=True, **common)
+            configs[f"{name} through entropy"] = config
+    return configs
 
 
 class Truth(NamedTuple):
@@ -35,10 +72,7 @@ class Truth(NamedTuple):
 def oracle(
     logits: torch.Tensor,
     targets: torch.Tensor,
-    objective: str = "mile",
-    gamma: float = 1.0,
-    sigma: float = 1.0,
-    entropy_grad: bool = False,
+    config: ObjectiveConfig = MILE,
     upstream: torch.Tensor | None = None,
 ) -> Truth:
     """Compute the loss per token in float64 from the definitions, and its gradient by autograd.
@@ -54,12 +88,8 @@ def oracle(
     entropy = -(p * torch.where(p > 0, log_p, 0.0)).sum(-1)
     at_target = log_p.gather(-1, torch.where(known, targets, 0).long().unsqueeze(-1)).squeeze(-1)
     nll = torch.where(known, -at_target, torch.nan)
-    weight = {
-        "ce": torch.ones_like(nll),
-        "mile": (sigma + entropy) ** gamma,
-        "focal": torch.clamp(1 - torch.exp(-nll), min=0) ** gamma,
-    }[objective]
-    loss = (weight if entropy_grad else weight.detach()) * nll
+    weight = WEIGHTS[config.objective](nll.detach(), entropy, config)
+    loss = (weight if config.entropy_grad else weight.detach()) * nll
     upstream = torch.ones_like(loss) if upstream is None else upstream.double()
     (grad,) = torch.autograd.grad(loss[known], z, upstream[known], materialize_grads=True)
     fields = [x.detach().masked_fill(~valid, 0) for x in (loss, nll, entropy, weight)]
@@ -84,13 +114,6 @@ def hard_rows(vocab: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tens
     targets[9], targets[10] = vocab, -1  # outside the vocabulary
     logits[11, targets[11]] += 12  # p_y close to 1, entropy small
     return logits.to(dtype), targets
-
-
-def truth_of(logits: torch.Tensor, targets: torch.Tensor, config: ObjectiveConfig) -> Truth:
-    """Return the oracle's answer for a configuration."""
-    return oracle(
-        logits, targets, config.objective, config.gamma, config.sigma, config.entropy_grad
-    )
 
 
 def run_loss(

@@ -14,6 +14,7 @@ from helpers import error, oracle
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import token_loss
+from megatron_mile.ops.blocks import Coefficients
 
 # Statistics: fp32 sums of up to 128256 terms, measured 2.1e-7 at most. Gradients: one rounding.
 STATS = {torch.float64: 1e-14, torch.float32: 6e-7, torch.bfloat16: 6e-7, torch.float16: 6e-7}
@@ -52,12 +53,12 @@ def true_stats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def true_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, m: torch.Tensor, coefficients: torch.Tensor
+    logits: torch.Tensor, targets: torch.Tensor, m: torch.Tensor, coefficients: Coefficients
 ) -> torch.Tensor:
     """Return the gradient, fp64 [..., V], from its definition."""
-    flat, peak, *tilt = coefficients.double().unsqueeze(-1)
+    flat, peak, tilt = coefficients.map(lambda x: x.double().unsqueeze(-1))
     shifted = (logits.double() - m.double().unsqueeze(-1)).clamp(min=-1e6)  # 0 * -inf is meant as 0
-    value = torch.exp(shifted) * (flat + (tilt[0] * shifted if tilt else 0))
+    value = torch.exp(shifted) * (flat + (0 if tilt is None else tilt * shifted))
     columns = torch.arange(logits.size(-1), device=logits.device)
     return torch.where(columns == targets.unsqueeze(-1), peak, value)
 
@@ -125,8 +126,8 @@ class Contract:
         logits[7, 1:] -= 200
         return logits, targets
 
-    def coefficients(self, count: int, m: torch.Tensor, tilted: bool) -> torch.Tensor:
-        return torch.randn(2 + tilted, count, device=self.device, dtype=m.dtype)
+    def coefficients(self, count: int, m: torch.Tensor, tilted: bool) -> Coefficients:
+        return Coefficients(*torch.randn(2 + tilted, count, device=self.device, dtype=m.dtype))
 
     @pytest.mark.parametrize(("count", "vocab"), VOCABULARIES)
     def test_token_stats_matches_definition(
@@ -200,7 +201,7 @@ class Contract:
         assert error(stats.flatten(1), plain) <= STATS[dtype]
 
         coefficients = self.coefficients(len(values), plain, True)
-        arguments = (targets, stats[0], coefficients.view(3, *targets.shape))
+        arguments = (targets, stats[0], coefficients.map(lambda x: x.view(targets.shape)))
         expected = self.implementation.token_stats_backward(
             values, targets.flatten(), plain[0], coefficients
         ).view(logits.shape)
@@ -233,15 +234,14 @@ class Contract:
         logits[1, 5] = torch.inf
         m = self.implementation.token_stats(logits, targets, consume)[0]
         grad = self.implementation.token_stats_backward(
-            logits, targets, m, m.new_zeros(2, 3), logits, consume
+            logits, targets, m, Coefficients(*m.new_zeros(2, 3)), logits, consume
         )
         assert torch.equal(grad, torch.zeros_like(grad))
 
     def test_token_stats_backward_is_not_zero_for_tilt_alone(self, dtype: torch.dtype) -> None:
         logits, targets = self.rows(3, 131, dtype)
         m = self.implementation.token_stats(logits, targets)[0]
-        coefficients = torch.zeros(3, 3, device=self.device, dtype=m.dtype)
-        coefficients[2] = 1
+        coefficients = Coefficients(torch.zeros_like(m), torch.zeros_like(m), torch.ones_like(m))
         expected = true_gradient(logits, targets, m, coefficients)
         assert expected.any(1).all()
         grad = self.implementation.token_stats_backward(logits, targets, m, coefficients)
@@ -259,7 +259,7 @@ class Contract:
             assert torch.equal(stats[0], torch.full_like(stats[0], -torch.inf))
             assert torch.equal(stats[1:3], torch.zeros_like(stats[1:3]))
         grad = self.implementation.token_stats_backward(
-            logits, targets, stats[0], stats.new_ones(2, *shape[:-1])
+            logits, targets, stats[0], Coefficients(*stats.new_ones(2, *shape[:-1]))
         )
         assert torch.equal(grad, torch.ones_like(logits))
 
@@ -291,7 +291,7 @@ class Contract:
         # e^(z-m) may be rounded on its own.
         assert error(grad, expected) <= 2 * GRADIENT[dtype]
         held = (targets >= 0).nonzero().squeeze(1)
-        assert torch.equal(grad[held, targets[held]], coefficients[1, held].to(dtype))
+        assert torch.equal(grad[held, targets[held]], coefficients.peak[held].to(dtype))
 
     def test_consumed_logits_keep_small_exponentials(self, dtype: torch.dtype) -> None:
         # e^-20 is below what fp16 holds, but with a scaled loss its gradient is not.
@@ -299,7 +299,7 @@ class Contract:
         targets = torch.full((2,), -1, device=self.device)
         before = logits.clone()
         m = self.implementation.token_stats(logits, targets, True)[0]
-        coefficients = torch.full((2, 2), 1e4, device=self.device, dtype=m.dtype)
+        coefficients = Coefficients(*torch.full((2, 2), 1e4, device=self.device, dtype=m.dtype))
         expected = true_gradient(before, targets, m, coefficients)
         grad = self.implementation.token_stats_backward(
             logits, targets, m, coefficients, logits, True

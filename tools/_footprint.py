@@ -116,7 +116,7 @@ def _logits(args: argparse.Namespace) -> float:
     tokens, size = _tokens(args), args.params_dtype.itemsize
     if args.mile_objective == "none":
         size = 4 if size == 4 else 4 + size
-    elif args.mile_objective == "emo":
+    elif _needs_cost(args):
         size *= 2
     elif args.mile_fused_linear:
         tokens = min(tokens, CHUNK_TOKENS)
@@ -135,7 +135,7 @@ def _cost_rows(args: argparse.Namespace) -> float:
     matrix's. Then the products of all rows where they have room; else the rows of the targets, and
     in fp16 a copy of the shard's.
     """
-    if args.mile_objective != "emo":
+    if not _needs_cost(args):
         return 0
     row = _cost_width(args) * args.params_dtype.itemsize
     table = _table(args)
@@ -150,10 +150,16 @@ def cost_flops(args: argparse.Namespace) -> int:
     Raises:
         ToolError: the cost matrix cannot be read.
     """
-    if args.mile_objective != "emo" or _table(args):
+    if not _needs_cost(args) or _table(args):
         return 0
     tokens = args.global_batch_size * args.seq_length
     return int(2 * tokens * args.padded_vocab_size * _cost_width(args))
+
+
+def _needs_cost(args: argparse.Namespace) -> bool:
+    from megatron_mile.objectives import NEED_COST
+
+    return args.mile_objective in NEED_COST
 
 
 def _is_fixed(args: argparse.Namespace) -> bool:

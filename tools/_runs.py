@@ -12,7 +12,6 @@ import numpy as np
 from _cli import ToolError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-NAMES = {"ce": "cross-entropy", "mile": "MiLe Loss", "focal": "Focal Loss"}
 RECORD = "run_record.json"
 # Flags that differ between runs whatever they are.
 _PLACES = ("--save", "--load", "--tensorboard-dir", "--data-cache-path")
@@ -81,6 +80,8 @@ def read_run(folder: Path, tag: str) -> Run:
         NoCurve: the run has no such tag.
         ToolError: its evaluation.json is damaged.
     """
+    from megatron_mile.objectives import OBJECTIVES
+
     events = EventAccumulator(str(_events(folder)), size_guidance={"scalars": 0}).Reload()
     tags = sorted(events.Tags()["scalars"])
     if tag not in tags:
@@ -89,9 +90,10 @@ def read_run(folder: Path, tag: str) -> Run:
     # A resumed run has steps twice: the later value is the one that the training went on with.
     values = {scalar.step: scalar.value for scalar in events.Scalars(tag)}
     steps = np.array(sorted(values))
-    name = folder.resolve().name
+    name = folder.resolve().name  # the quickstart names a run like its objective
     losses = np.array([values[step] for step in steps])
-    return Run(NAMES.get(name, name), steps, losses, _evaluation(folder))
+    name = OBJECTIVES[name].label if name in OBJECTIVES else name
+    return Run(name, steps, losses, _evaluation(folder))
 
 
 def _evaluation(folder: Path) -> dict[str, float] | None:

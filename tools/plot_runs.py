@@ -210,4 +210,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # A clone that is not installed is found too.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     main()

@@ -8,10 +8,10 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from megatron_mile.config import ObjectiveConfig
+from megatron_mile.config import ObjectiveConfig, defining_settings
 from megatron_mile.integration.errors import MileError
 from megatron_mile.linear import CHUNK_TOKENS
-from megatron_mile.objectives import OBJECTIVES
+from megatron_mile.objectives import NEED_COST, OBJECTIVES
 
 Namespace = argparse.Namespace
 NO_OBJECTIVE = "none"
@@ -19,13 +19,6 @@ MASK_FLAG = "--mile-mask-padded-vocab"
 FUSED_FLAG = "--mile-fused-linear"
 COST_FLAG = "--mile-emo-cost"
 OUTPUT_LAYER = "output-layer"
-# What each objective is made of; other settings are free to change on resume.
-_DEFINED_BY = {
-    "ce": (),
-    "mile": ("gamma", "sigma", "normalize", "entropy_grad"),
-    "focal": ("gamma", "normalize"),
-    "emo": ("emo_mode", "emo_gt_q", "emo_cap", "emo_cost"),
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -64,9 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         COST_FLAG,
         default=OUTPUT_LAYER,
         metavar="SOURCE",
-        help="rows whose angles are the distances of emo: output-layer the model's own as it is in "
-        "each step, or the path of a fixed matrix: a .npy or .safetensors file, a Hugging Face "
-        f"folder, a Megatron checkpoint folder; of any width (default {OUTPUT_LAYER})",
+        help="rows whose angles give the distance: output-layer the model's own as it is in each "
+        "step, or the path of a fixed matrix: a .npy or .safetensors file, a Hugging Face folder, "
+        f"a Megatron checkpoint folder; of any width; used by {', '.join(NEED_COST)} "
+        f"(default {OUTPUT_LAYER})",
     )
     group.add_argument(
         "--mile-allow-change",
@@ -127,15 +121,16 @@ def config_from_namespace(namespace: Namespace) -> ObjectiveConfig | None:
 
 def _refuse_combination(config: ObjectiveConfig, namespace: Namespace) -> None:
     """Stop a job whose flags for the run do not fit its objective."""
-    if config.objective == "emo" and namespace.mile_fused_linear:
+    needs_cost = config.definition.needs_cost
+    if needs_cost and namespace.mile_fused_linear:
         raise MileError(
-            f"{FUSED_FLAG} cannot be combined with --mile-objective emo, which reads the logits "
-            f"twice; train without {FUSED_FLAG}"
+            f"{FUSED_FLAG} cannot be combined with --mile-objective {config.objective}, which "
+            f"reads the logits twice; train without {FUSED_FLAG}"
         )
-    if config.objective != "emo" and namespace.mile_emo_cost != OUTPUT_LAYER:
+    if not needs_cost and namespace.mile_emo_cost != OUTPUT_LAYER:
         raise MileError(
             f"{COST_FLAG} {namespace.mile_emo_cost} with --mile-objective {config.objective}; it "
-            "is for emo"
+            f"is for {', '.join(NEED_COST)}"
         )
 
 
@@ -151,9 +146,11 @@ def _refuse_without_objective(argv: Sequence[str]) -> None:
         *(*settings, MASK_FLAG, FUSED_FLAG, COST_FLAG)
     }
     if flags and _flag("objective") not in flags:
+        default = ObjectiveConfig().objective
+        others = ", ".join(name for name in OBJECTIVES if name != default)
         raise MileError(
-            f"{', '.join(sorted(flags))} without an objective; add --mile-objective mile (or ce, "
-            "focal, emo, or none for the host's own loss)"
+            f"{', '.join(sorted(flags))} without an objective; add --mile-objective {default} (or "
+            f"{others}, or {NO_OBJECTIVE} for the host's own loss)"
         )
 
 
@@ -167,7 +164,7 @@ def objective_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _defining_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+def _resumed_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Read what must not change on resume."""
     settings = objective_settings(stored)
     is_ours = settings["objective"] != NO_OBJECTIVE  # the host itself always counts the padding
@@ -178,16 +175,27 @@ def _defining_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Name the settings in which a checkpoint's objective differs from this job's."""
-    before, now = _defining_settings(stored), _defining_settings(current)
-    plain = {NO_OBJECTIVE: "ce"}
-    kinds = [plain.get(values["objective"], values["objective"]) for values in (before, now)]
-    if kinds[0] != kinds[1]:
-        return [f"objective {before['objective']} -> {now['objective']}"]
+    before, now = _resumed_settings(stored), _resumed_settings(current)
+    objective = before["objective"]
+    if _is_plain(objective) and _is_plain(now["objective"]):
+        names = []
+    elif objective != now["objective"]:
+        return [f"objective {objective} -> {now['objective']}"]
+    else:
+        cost = ["emo_cost"] if objective in NEED_COST else []
+        names = [*defining_settings(objective), *cost]
     return [
         f"{name} {before[name]} -> {now[name]}"
-        for name in (*_DEFINED_BY.get(kinds[0], before), "mask_padded_vocab")
+        for name in (*names, "mask_padded_vocab")
         if before[name] != now[name]
     ]
+
+
+def _is_plain(objective: str) -> bool:
+    """Whether this is cross-entropy, by the host or by us."""
+    return objective == NO_OBJECTIVE or (
+        objective in OBJECTIVES and OBJECTIVES[objective].is_cross_entropy
+    )
 
 
 class _OneLineParser(argparse.ArgumentParser):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.emo import CostRows
 from megatron_mile.integration import models, versions
 from megatron_mile.integration.cost import RowsAhead, check_objective, output_rows, stop_fetching
 from megatron_mile.integration.errors import MileCompatError, MileError
@@ -36,7 +37,6 @@ from megatron_mile.integration.output_layer import (
 )
 from megatron_mile.loss import TokenLoss, token_loss
 from megatron_mile.ops import dispatch
-from megatron_mile.transport import CostRows
 
 _attached: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -102,7 +102,7 @@ def attach(
             restore_output_layers(module)
             if fused_linear:
                 fuse_output_layer(module, resolve(versions.OUTPUT_LAYER))
-        rows = RowsAhead(module, cost).take if config.objective == "emo" else None
+        rows = RowsAhead(module, cost).take if config.definition.needs_cost else None
         hook = _make_hook(_host(type(module)), config, vocab_size, rows)
         module.__dict__[METHOD] = types.MethodType(hook, module)
         _attached.add(module)
@@ -254,7 +254,7 @@ def _make_hook(
         if isinstance(logits, DeferredLogits):
             check_shard(self, labels, logits.shape(group), group)
             stats = logits.loss(targets, config, group, vocab_size)
-        elif config.objective == "emo":
+        elif config.definition.needs_cost:
             check_shard(self, labels, tuple(logits.shape), group)
             cost = rows(self, labels) if rows else output_rows(self)
             # Not in place: products are kept where the gradient will lie, or would be made twice.

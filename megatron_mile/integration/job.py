@@ -164,7 +164,7 @@ def _attach(
             check_matrix(matrix, words, unwrap(chunk).vocab_size)
             if getattr(unwrap(chunk), "post_process", True):
                 cost = fixed_rows(matrix, words, chunk)
-        if config.objective == "emo" or vocab_size or args.mile_fused_linear:
+        if config.definition.needs_cost or vocab_size or args.mile_fused_linear:
             attach(chunk, config, vocab_size, args.mile_fused_linear, cost)
 
 
@@ -199,7 +199,7 @@ def _objective_lines(
 
 def _cost_lines(args: Namespace, config: ObjectiveConfig) -> list[tuple[str, str]]:
     """Say where EMO's cost rows come from."""
-    if config.objective != "emo":
+    if not config.definition.needs_cost:
         return []
     if args.mile_emo_cost == arguments.OUTPUT_LAYER:
         return [("cost rows", "the output layer's, as they are in each step")]

@@ -39,7 +39,7 @@ def report_with_objective(
 
     Returns:
         The report as it was, followed by "mile loss" (what is differentiated), "mile entropy"
-        (nats), "mile weight", and for emo "mile emo", the distance itself.
+        (nats), "mile weight", and "mile emo", the distance, if there is one.
     """
     figures = [objective, stats.entropy, stats.weight]
     figures += [] if stats.emo is None else [stats.emo]
@@ -67,19 +67,15 @@ def _in_form_of(host: Any, total: torch.Tensor, count: torch.Tensor) -> Any:
 
 def describe(config: ObjectiveConfig) -> str:
     """One line that says what is optimised."""
-    if config.objective == "ce":
-        return "ce (plain cross-entropy through megatron_mile)"
-    if config.objective == "emo":
-        options = [f"mode {config.emo_mode}", *["gt_q"] * config.emo_gt_q]
-        options += [f"ratio at most {config.emo_cap:g}"] if config.emo_cap else []
-        return f"emo ({', '.join(options)})"
-    settings = [f"gamma {config.gamma:g}"]
-    if config.objective == "mile":
-        settings.append(f"sigma {config.sigma:g} nats")
-    settings.append(f"alpha {config.normalize}")
-    through = config.entropy_grad and config.objective == "mile"
-    settings.append("gradient through the entropy" if through else "weights detached")
-    return f"{config.objective} ({', '.join(settings)})"
+    objective = config.definition
+    if objective.is_cross_entropy:
+        return f"{objective.name} (plain cross-entropy through megatron_mile)"
+    parts = [setting.describe(config.own[setting.name]) for setting in objective.settings]
+    if objective.weight is not None:
+        through = config.entropy_slope is not None
+        parts += [f"alpha {config.normalize}"]
+        parts += ["gradient through the entropy" if through else "weights detached"]
+    return f"{objective.name} ({', '.join(filter(None, parts))})"
 
 
 def alpha_scope(args: Mapping[str, Any], normalize: str) -> str:

@@ -1,57 +1,26 @@
-"""What is optimised, as a pure function of a token's statistics: the weight of its cross-entropy.
+"""What is optimised, as pure functions of a token's statistics: a file for each objective.
 
-An objective is a module with `weight` and `weight_slope` (see `Objective`), so a new one is a file
-here and a line in `OBJECTIVES`; `emo` has a `mix` beside them, for a second term. No kernel, no
-collective and nothing of the host may live here, and nothing of this package is imported but the
-configuration.
+A file NAME.py here with `OBJECTIVE = Objective(...)` is an objective: settings, flags, --help, the
+checkpoint's comparison, start block and pictures follow from it. No kernel, no collective, no
+configuration and nothing of Megatron may live here.
 """
 
-from __future__ import annotations
+import pkgutil
+from importlib import import_module
 
-from typing import TYPE_CHECKING, Protocol
+from megatron_mile.objectives._objective import Mix, Objective, Setting
 
-import torch
-
-from megatron_mile.objectives import emo, focal, mile
-
-if TYPE_CHECKING:
-    from megatron_mile.config import ObjectiveConfig
+__all__ = ["NEED_COST", "OBJECTIVES", "Mix", "Objective", "Setting"]
 
 
-class Objective(Protocol):
-    """The weight w of loss_t = w_t * nll_t, and its slope in the entropy.
-
-    nll and entropy are floating tensors of one shape, in nats and >= 0; both functions return a
-    tensor of that shape and dtype, and are element-wise.
-    """
-
-    def weight(
-        self, nll: torch.Tensor, entropy: torch.Tensor, config: ObjectiveConfig
-    ) -> torch.Tensor:
-        """Return w(nll, H)."""
-        ...
-
-    def weight_slope(
-        self, nll: torch.Tensor, entropy: torch.Tensor, config: ObjectiveConfig
-    ) -> torch.Tensor:
-        """Return dw/dH, used only where the gradient flows through the entropy."""
-        ...
+def _find() -> dict[str, Objective]:
+    """Return what this folder's files define, by name, plain cross-entropy first."""
+    files = (file.name for file in pkgutil.iter_modules(__path__))
+    modules = [import_module(f"{__name__}.{name}") for name in files if not name.startswith("_")]
+    found: list[Objective] = [module.OBJECTIVE for module in modules]
+    found.sort(key=lambda objective: (not objective.is_cross_entropy, objective.name))
+    return {objective.name: objective for objective in found}
 
 
-class _CrossEntropy:
-    """Plain cross-entropy: w = 1."""
-
-    def weight(
-        self, nll: torch.Tensor, entropy: torch.Tensor, config: ObjectiveConfig
-    ) -> torch.Tensor:
-        return torch.ones_like(entropy)
-
-    def weight_slope(
-        self, nll: torch.Tensor, entropy: torch.Tensor, config: ObjectiveConfig
-    ) -> torch.Tensor:
-        return torch.zeros_like(entropy)
-
-
-OBJECTIVES: dict[str, Objective] = {"ce": _CrossEntropy(), "mile": mile, "focal": focal, "emo": emo}
-# Whose weight is 1 for every token, so that alpha is 1 however it is formed.
-UNWEIGHTED = ("ce", "emo")
+OBJECTIVES = _find()
+NEED_COST = tuple(name for name, objective in OBJECTIVES.items() if objective.needs_cost)

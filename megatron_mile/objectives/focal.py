@@ -8,22 +8,22 @@ github.com/suu990901/LLaMA-MiLe-Loss) and unlike Lin et al. Where that baseline 
 in the model's dtype, and ignored tokens enter its alpha with weight 0, which raises alpha.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from megatron_mile.config import ObjectiveConfig
+from megatron_mile.objectives._objective import GAMMA, Objective
 
 
-def weight(nll: torch.Tensor, entropy: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
+def weight(nll: torch.Tensor, entropy: torch.Tensor, gamma: float) -> torch.Tensor:
     """Return w = (1 - p_y)^gamma in [0, 1]; 1 for gamma = 0 even at p_y = 1."""
     # expm1 keeps the digits of 1 - p_y where p_y is close to 1.
-    return (-torch.expm1(-nll)).clamp(min=0).pow(config.gamma)
+    return (-torch.expm1(-nll)).clamp(min=0).pow(gamma)
 
 
-def weight_slope(nll: torch.Tensor, entropy: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
-    """Return dw/dH = 0: the weight does not contain the entropy."""
-    return torch.zeros_like(entropy)
+OBJECTIVE = Objective(
+    name="focal",
+    label="Focal Loss",
+    equation="w = (1 - p_y)^gamma with p_y the target's probability",
+    paper="arXiv 1708.02002",
+    settings=(GAMMA,),
+    weight=weight,
+)

@@ -12,23 +12,49 @@ Su et al., "MiLe Loss" (InfoEntropy Loss in version 2), arXiv 2310.19531; the au
 - its alpha is `normalize="official"`, and counts ignored tokens too.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from megatron_mile.config import ObjectiveConfig
+from megatron_mile.objectives._objective import GAMMA, Objective, Setting
 
 
-def weight(nll: torch.Tensor, entropy: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
+def weight(nll: torch.Tensor, entropy: torch.Tensor, gamma: float, sigma: float) -> torch.Tensor:
     """Return w = (sigma + H)^gamma, without unit; 1 for gamma = 0 even at sigma + H = 0."""
-    return (config.sigma + entropy).pow(config.gamma)
+    return (sigma + entropy).pow(gamma)
 
 
-def weight_slope(nll: torch.Tensor, entropy: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
+def weight_slope(
+    nll: torch.Tensor, entropy: torch.Tensor, gamma: float, sigma: float
+) -> torch.Tensor:
     """Return dw/dH = gamma (sigma + H)^(gamma-1), per nat; 0 for gamma = 0."""
-    if config.gamma == 0:
+    if gamma == 0:
         return torch.zeros_like(entropy)  # not 0 * (sigma + H)^-1, which is NaN at sigma + H = 0
-    return config.gamma * (config.sigma + entropy).pow(config.gamma - 1)
+    return gamma * (sigma + entropy).pow(gamma - 1)
+
+
+def check_slope(gamma: float, sigma: float) -> None:
+    """Raise ValueError where the slope has no bound."""
+    if sigma == 0 and 0 < gamma < 1:
+        raise ValueError(
+            f"entropy_grad=True with sigma=0 and gamma={gamma}: the weight's slope has no "
+            "bound at zero entropy; use sigma > 0, gamma >= 1, or entropy_grad=False"
+        )
+
+
+OBJECTIVE = Objective(
+    name="mile",
+    label="MiLe Loss",
+    equation="w = (sigma + H)^gamma with H the entropy of the model's distribution in nats",
+    paper="arXiv 2310.19531",
+    settings=(
+        GAMMA,
+        Setting(
+            name="sigma",
+            default=1.0,
+            text="added to the entropy in the weight, nats, >= 0",
+            shown="sigma {:g} nats".format,
+        ),
+    ),
+    weight=weight,
+    weight_slope=weight_slope,
+    check_slope=check_slope,
+)

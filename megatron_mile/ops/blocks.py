@@ -1,6 +1,10 @@
 """Blocks of rows of tensors with any strides, and what implementations do alike with rows."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 
@@ -9,6 +13,46 @@ import torch
 _IN_CACHE = 1 << 18
 
 Block = tuple[slice, tuple[torch.Tensor, ...]]
+
+
+class Coefficients(NamedTuple):
+    """What makes the gradient of a row: e^(z - m) * (flat + tilt * x), and `peak` at the target.
+
+    x is z - m where the gradient flows through the entropy, and c - D for EMO. All are of one
+    shape, a number for each row.
+    """
+
+    flat: torch.Tensor
+    peak: torch.Tensor
+    tilt: torch.Tensor | None = None
+
+    @classmethod
+    def scaled(cls, stacked: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype) -> Coefficients:
+        """Return `stacked` ones times grad in `dtype`, exactly 0 where grad is, whatever they hold.
+
+        Args:
+            stacked: What `stack` has made, [2 or 3, ...].
+            grad: Gradient that reaches the loss, [...].
+            dtype: Of the results.
+        """
+        return cls(*(stacked * grad).masked_fill(grad == 0, 0).to(dtype))
+
+    def stack(self) -> torch.Tensor:
+        """Return them as one tensor, [2 or 3, ...]."""
+        return torch.stack([x for x in self if x is not None])
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Coefficients:
+        """Return them changed."""
+        flat, peak, tilt = self
+        return Coefficients(change(flat), change(peak), tilt if tilt is None else change(tilt))
+
+    def part(self, rows: slice) -> Coefficients:
+        """Return those of some rows."""
+        return self.map(lambda x: x[rows])
+
+    def are_zero(self) -> torch.Tensor:
+        """Return bool [...]: the token gets no gradient."""
+        return reduce(torch.logical_and, [x == 0 for x in self if x is not None])
 
 
 def row_blocks(size: int, *tensors: torch.Tensor) -> Iterator[Block]:
@@ -43,18 +87,18 @@ def widened(block: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     return block if block.dtype == scratch.dtype else scratch.copy_(block)
 
 
-def correct_rows(grad: torch.Tensor, targets: torch.Tensor, coefficients: torch.Tensor) -> None:
+def correct_rows(grad: torch.Tensor, targets: torch.Tensor, coefficients: Coefficients) -> None:
     """Write the peaks at the targets of [..., V], and 0 to the rows that get no gradient.
 
     Args:
         grad: [..., V].
         targets: Local columns, int64 [...]; negative: not in this shard.
-        coefficients: (flat, peak, ...), [n, ...]; a row where all are 0 gets no gradient.
+        coefficients: Each [...]; a row where all are 0 gets no gradient.
     """
     grad, targets = grad.unsqueeze(0), targets.unsqueeze(0)  # a single token has no dimension
     # By index: scatter_ takes as long for bf16, and a mask for any dtype, as a pass over all.
     held = (targets >= 0).nonzero(as_tuple=True)
     cells = (*held, targets[held])
-    grad[cells] = coefficients[1].unsqueeze(0)[held].to(grad.dtype)
+    grad[cells] = coefficients.peak.unsqueeze(0)[held].to(grad.dtype)
     # A write, because 0 * NaN of a row's logits is NaN.
-    grad[(coefficients == 0).all(0).unsqueeze(0).nonzero(as_tuple=True)] = 0
+    grad[coefficients.are_zero().unsqueeze(0).nonzero(as_tuple=True)] = 0

@@ -1,13 +1,13 @@
-"""Which implementation of the token statistics and of the transport runs, and why."""
+"""Which implementation of the token statistics, EMO's too, runs, and why."""
 
 import os
 
 import torch
 
+from megatron_mile.ops.emo import EmoStats
+from megatron_mile.ops.emo import chunked as emo_chunked
+from megatron_mile.ops.emo import reference as emo_reference
 from megatron_mile.ops.token_stats import TokenStats, chunked, reference
-from megatron_mile.ops.transport import Transport
-from megatron_mile.ops.transport import chunked as chunked_transport
-from megatron_mile.ops.transport import reference as plain_transport
 
 
 def select(
@@ -48,13 +48,13 @@ def select(
     raise ValueError(f"backend is 'triton', but {obstacle}; use auto or torch")
 
 
-def transport_beside(stats: TokenStats) -> Transport:
-    """Return the implementation of the transport that belongs to one that `select` returned."""
+def emo_beside(stats: TokenStats) -> EmoStats:
+    """Return the implementation of EMO's statistics that belongs to one that `select` returned."""
     if stats is reference:
-        return plain_transport
+        return emo_reference
     if stats is chunked:
-        return chunked_transport
-    from megatron_mile.ops.transport import kernel
+        return emo_chunked
+    from megatron_mile.ops.emo import kernel
 
     return kernel
 

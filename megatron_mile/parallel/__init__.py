@@ -1,8 +1,8 @@
 """Where the data is split: the only collectives in the library.
 
-`vocab` joins statistics over the tensor-parallel group, `rows` looks rows up there, `hidden`
-gathers and reduces hidden states, and `tokens` joins the normaliser over the data- and
-context-parallel group. No objective, no kernel and nothing of the host may live here.
+`vocab` joins statistics and looks rows up over the tensor-parallel group, `hidden` gathers and
+reduces hidden states there, and `tokens` joins the normaliser over the data- and context-parallel
+group. No objective, no kernel and nothing of Megatron may live here.
 """
 
 import torch.distributed as dist

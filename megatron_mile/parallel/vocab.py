@@ -1,6 +1,10 @@
-"""Vocabulary split over the tensor-parallel group: who owns what, and joined token statistics."""
+"""Vocabulary split over the tensor-parallel group: who has what, and what is joined over it."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -8,31 +12,54 @@ import torch.distributed as dist
 from megatron_mile.parallel import ProcessGroup, all_gather, group_size
 
 
-def shard_range(
-    columns: int,
-    vocab_range: tuple[int, int] | None,
-    group: ProcessGroup | None,
-    vocab_size: int | None = None,
-) -> tuple[int, int]:
-    """Return the vocabulary ids [start, end) of this rank's logits, without padding.
+class VocabShard(NamedTuple):
+    """What this rank has of the vocabulary: the ids [start, end), without padding."""
 
-    Args:
-        columns: Size of the logits' last dimension.
-        vocab_range: (start, end) of this shard; None for equal shards in rank order of `group`.
-            The ranges of a group must tile the vocabulary without gap or overlap, which is not
-            checked: it would cost a collective.
-        group: Tensor-parallel group; None for this rank alone.
-        vocab_size: Ids from here on are padding; None for no padding.
+    group: ProcessGroup | None
+    """Tensor-parallel group that shares the vocabulary; None for this rank alone."""
+    start: int
+    end: int
 
-    Raises:
-        ValueError: The range does not fit the logits, or the size is not positive.
-    """
-    start, end = _columns_range(columns, vocab_range, group)
-    if vocab_size is None:
-        return start, end
-    if vocab_size < 1:
-        raise ValueError(f"vocab_size is {vocab_size}; expected the tokenizer's size, 1 or more")
-    return start, max(start, min(end, vocab_size))
+    @classmethod
+    def of(
+        cls,
+        columns: int,
+        vocab_range: tuple[int, int] | None,
+        group: ProcessGroup | None,
+        vocab_size: int | None = None,
+    ) -> VocabShard:
+        """Return this rank's shard.
+
+        Args:
+            columns: Size of the logits' last dimension.
+            vocab_range: (start, end) of all columns; None for equal shards in rank order of
+                `group`. The ranges of a group must tile the vocabulary without gap or overlap,
+                which is not checked: it would cost a collective.
+            group: Tensor-parallel group; None for this rank alone.
+            vocab_size: Ids from here on are padding; None for no padding.
+
+        Raises:
+            ValueError: The range does not fit the logits, or the size is not positive.
+        """
+        start, end = _columns_range(columns, vocab_range, group)
+        if vocab_size is None:
+            return cls(group, start, end)
+        if vocab_size < 1:
+            raise ValueError(
+                f"vocab_size is {vocab_size}; expected the tokenizer's size, 1 or more"
+            )
+        return cls(group, start, max(start, min(end, vocab_size)))
+
+    @property
+    def columns(self) -> int:
+        """How many ids these are: the first columns of the logits, which may have padding."""
+        return self.end - self.start
+
+    def local(self, targets: torch.Tensor) -> torch.Tensor:
+        """Return int64 [...]: the target's column in the shard, -1 where it has none."""
+        wide = targets.long()
+        # Compared before the subtraction, which may overflow for garbage targets.
+        return torch.where((wide >= self.start) & (wide < self.end), wide - self.start, -1)
 
 
 def _columns_range(
@@ -49,13 +76,6 @@ def _columns_range(
             f"expected 0 <= start and end = start + {columns}"
         )
     return start, end
-
-
-def local_targets(targets: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Return int64 [...]: the target's column in the shard [start, end), -1 where it has none."""
-    wide = targets.long()
-    # Compared before the subtraction, which may overflow for garbage targets.
-    return torch.where((wide >= start) & (wide < end), wide - start, -1)
 
 
 def join_stats(stats: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
@@ -96,3 +116,46 @@ def merge_stats(shards: torch.Tensor) -> torch.Tensor:
     z_y = reduce(lambda known, z: torch.where(known.isnan(), z, known), z_r.unbind())
     more = [reduce(torch.add, (scale * x_r).unbind()) for x_r in more_r]
     return torch.stack([m, total, moment, z_y, *more])
+
+
+def start_lookup(
+    rows: torch.Tensor, scale: torch.Tensor, targets: torch.Tensor, shard: VocabShard
+) -> Callable[[], torch.Tensor]:
+    """Start to bring the targets' scaled rows to every rank, and return what waits for them.
+
+    One all_reduce of [T, d], in which all ranks but one add exact zeros; none for one rank.
+
+    Args:
+        rows: The shard's rows of a matrix that is split like the vocabulary, [V/tp, d].
+        scale: Their factors, [V/tp].
+        targets: Ids in the whole vocabulary, [T].
+        shard: What this rank has of it.
+
+    Returns:
+        What returns [T, d] in the dtype of `rows`; zeros where no shard holds the row.
+    """
+    columns = shard.local(targets)
+    if len(rows) == 0:
+        found = rows.new_zeros(len(columns), rows.size(1))
+    else:
+        held = columns.clamp(min=0)
+        found = rows.index_select(0, held).mul_(scale.index_select(0, held).unsqueeze(-1))
+        found.masked_fill_((columns < 0).unsqueeze(-1), 0)
+    if group_size(shard.group) == 1:
+        return lambda: found
+    work = dist.all_reduce(found, group=shard.group, async_op=True)
+
+    def wait() -> torch.Tensor:
+        work.wait()
+        return found
+
+    return wait
+
+
+def vocabulary_end(shard: VocabShard, device: torch.device) -> int:
+    """Return the size of the whole vocabulary: the largest end of the group's shards."""
+    if group_size(shard.group) == 1:
+        return shard.end
+    largest = torch.tensor(shard.end, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=shard.group)
+    return int(largest)

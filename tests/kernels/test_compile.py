@@ -16,11 +16,11 @@ import re, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from megatron_mile.ops.token_stats import kernel
-from megatron_mile.ops.transport import kernel as transport
+from megatron_mile.ops.emo import kernel as emo
 
 def spilled(function, dtype, constants, module=kernel):
     pointers = {"logits": dtype, "products": dtype, "grad": dtype, "targets": "i64"}
-    pointers |= {"sums": "fp64"} if module is transport else {}
+    pointers |= {"sums": "fp64"} if module is emo else {}
     values = {name: "i64" for name in function.arg_names if "stride" in name}
     values |= {"rows": "i32", "inner": "i32", "columns": "i32"}
     signature = {
@@ -31,20 +31,20 @@ def spilled(function, dtype, constants, module=kernel):
     source = ASTSource(function, signature, constants)
     block, warps = constants["BLOCK"], module._launch_size(constants["BLOCK"])[1]
     compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps})
-    if module is transport:  # a distance that is NaN stays NaN, which the interpreter cannot show
+    if module is emo:  # a cost that is NaN stays NaN, which the interpreter cannot show
         assert ".NaN.f32" in compiled.asm["ptx"], function
     return len(re.findall(r"(?:ld|st)\\.local", compiled.asm["ptx"]))
 
-assert not kernel.INTERPRETED and not transport.INTERPRETED
+assert not kernel.INTERPRETED and not emo.INTERPRETED
 block = kernel._launch_size(1 << 20)[0]
 for dtype in ("fp32", "bf16", "fp16"):
     print(spilled(kernel.token_stats_fwd_kernel, dtype, {"BLOCK": block}))
     for tilted in (False, True):
         constants = {"BLOCK": block, "TILTED": tilted}
         print(spilled(kernel.token_stats_bwd_kernel, dtype, constants))
-    for function in (transport.transport_fwd_kernel, transport.transport_bwd_kernel):
-        constants = {"BLOCK": transport._launch_size(1 << 20)[0]}
-        print(spilled(function, dtype, constants, transport))
+    for function in (emo.emo_fwd_kernel, emo.emo_bwd_kernel):
+        constants = {"BLOCK": emo._launch_size(1 << 20)[0]}
+        print(spilled(function, dtype, constants, emo))
 """
 
 

@@ -237,7 +237,7 @@ def check_masked_padding_is_left_out() -> None:
         output, loss_func = wrap_forward_step(step, MILE)(None, model)
         total, _, report = loss_func(output)
         total.backward()
-        truth = helpers.oracle(logits[..., :WORDS], labels, "mile", MILE.gamma, MILE.sigma)
+        truth = helpers.oracle(logits[..., :WORDS], labels, MILE)
         alpha = MASK.sum() / (MASK * truth.weight).sum()
         assert helpers.error(total, (MASK * alpha * truth.loss).sum()) < 1e-6
         assert helpers.error(report["mile entropy"][0], (MASK * truth.entropy).sum()) < 1e-6

@@ -72,7 +72,7 @@ def check_training_repeats_the_oracle() -> None:
     output, loss_func = wrap_forward_step(forward_step, MILE)(None, model)
     total, count, report = loss_func(output)
     total.backward()
-    truth = helpers.oracle(logits, labels, "mile", MILE.gamma, MILE.sigma)
+    truth = helpers.oracle(logits, labels, MILE)
     alpha = MASK.sum() / (MASK * truth.weight).sum()
     assert count == MASK.sum() == 15
     for name, values in (

@@ -79,7 +79,7 @@ def check_ce_teaches_every_weight_as_the_host() -> None:
 def check_mile_teaches_every_weight_as_the_oracle() -> None:
     """Loss, report, and each gradient beside what the oracle's gradient of the logits makes it."""
     model, labels = build_model(), batch()[1]
-    truth = helpers.oracle(dense_logits(model), labels, "mile", MILE.gamma, MILE.sigma)
+    truth = helpers.oracle(dense_logits(model), labels, MILE)
     alpha = MASK.sum() / (MASK * truth.weight).sum()
     total, report = train(model, MILE)
     ours = gradients(model)

@@ -1,7 +1,7 @@
 """Pretrain with another loss function than the example's: `... --own KIND [the job's flags]`.
 
-From the second micro-batch on a quarter of the tokens is masked, other ones on each rank, as many on
-all; so every kind that is a mean over the tokens that count trains the same.
+From the second micro-batch on a quarter of the tokens is masked, other ones on each rank, as many
+on all; so every kind that is a mean over the tokens that count trains the same.
 """
 
 from __future__ import annotations

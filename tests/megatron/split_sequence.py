@@ -61,7 +61,7 @@ class Truth:
         tokens, labels = batch()
         logits = model(tokens, None, None).detach()
         handle.remove()
-        self.tokens = helpers.oracle(logits, labels, "mile", MILE.gamma, MILE.sigma)
+        self.tokens = helpers.oracle(logits, labels, MILE)
         self.hidden, self.masks = hidden[0], masks
         weights = [(mask * self.tokens.weight).sum() for mask in masks]
         self.alphas = [

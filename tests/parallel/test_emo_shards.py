@@ -10,8 +10,8 @@ from helpers import error, hard_rows, run_ranks
 from torch.distributed.tensor.debug import CommDebugMode
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.emo import CostRows
 from megatron_mile.loss import token_loss
-from megatron_mile.transport import CostRows
 
 # Measured: fp64 5.1e-16, fp32 2.1e-7.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -146,4 +146,4 @@ def test_token_loss_over_shards_keeps_the_digits_of_certain_rows(
 ) -> None:
     grad = torch.cat([rank["certain"] for rank in ranks], -1)
     expected = emo_oracle(*certain_rows(256, CERTAIN[-1])).grad
-    assert error(grad, expected) <= 1.3e-6  # measured 9.9e-7; 1.9e-6 with DEMD rounded
+    assert error(grad, expected) <= 1.3e-6  # measured 9.9e-7; 1.9e-6 with D rounded

@@ -5,11 +5,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import error, oracle, run_ranks
+from helpers import error, oracle, run_ranks, weighted_configs
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_mile.config import ObjectiveConfig
 from megatron_mile.linear import linear_token_loss
 from megatron_mile.loss import token_loss
 
@@ -17,10 +16,7 @@ from megatron_mile.loss import token_loss
 FIELDS = {torch.float64: 1e-12, torch.float32: 2e-6}
 # Measured: fp64 8e-15; fp32 9e-6 where terms up to 95 cancel, as with a projection of its own.
 GRADIENTS = {torch.float64: 1e-12, torch.float32: 2e-5}
-CONFIGS = {
-    "mile": ObjectiveConfig(),
-    "through entropy": ObjectiveConfig(gamma=2, entropy_grad=True),
-}
+CONFIGS = weighted_configs()
 WIDTH = 24
 # Borders of the shards, and the tokenizer's size where the rest is padding.
 SPLITS = {
@@ -52,11 +48,7 @@ class Problem:
         self.upstream[2, 2] = 0
         real = self.weight[:size].double()
         self.truth = oracle(
-            self.hidden.double() @ real.t(),
-            self.targets,
-            gamma=self.config.gamma,
-            entropy_grad=self.config.entropy_grad,
-            upstream=self.upstream,
+            self.hidden.double() @ real.t(), self.targets, self.config, self.upstream
         )
         self.d_hidden = self.truth.grad @ real
         d_real = self.truth.grad.flatten(0, 1).t() @ self.hidden.double().flatten(0, 1)

@@ -5,23 +5,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import assert_close, error, hard_rows, run_ranks, truth_of
+from helpers import assert_close, error, hard_rows, oracle, run_ranks, weighted_configs
 from torch.distributed.tensor.debug import CommDebugMode
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import token_loss
 from megatron_mile.ops.token_stats.reference import token_stats
 from megatron_mile.parallel import group_size
-from megatron_mile.parallel.vocab import join_stats, local_targets, merge_stats, shard_range
+from megatron_mile.parallel.vocab import VocabShard, join_stats, merge_stats
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
-CONFIGS = {
-    "ce": ObjectiveConfig(objective="ce"),
-    "mile": ObjectiveConfig(),
-    "mile 5": ObjectiveConfig(gamma=5, sigma=0),
-    "through entropy": ObjectiveConfig(gamma=2, entropy_grad=True),
-    "focal": ObjectiveConfig(objective="focal", gamma=2),
-}
+CONFIGS = {**weighted_configs(), "mile 5": ObjectiveConfig(gamma=5, sigma=0)}
 # Borders of the shards. "equal" is what Megatron makes of a padded vocabulary; the others have the
 # maximum and the target anywhere, one column, a shard without columns, and one shard of all.
 SPLITS = {
@@ -79,7 +73,7 @@ def _padded(size: int, inplace: bool) -> None:
     words = WORDS[size]
     start, end = PADDED[size][dist.get_rank() :][:2]
     for dtype, tolerance in TOLERANCE.items():
-        for config in (CONFIGS["mile"], CONFIGS["through entropy"]):
+        for config in (CONFIGS["mile"], CONFIGS["mile through entropy"]):
             logits, targets = hard_rows(words, dtype)
             padding = torch.full((12, PADDED[size][-1] - words), torch.nan, dtype=dtype)
             shard = torch.cat([logits, padding], -1)[:, start:end].clone().requires_grad_()
@@ -87,7 +81,7 @@ def _padded(size: int, inplace: bool) -> None:
                 shard * 1, targets, config, dist.group.WORLD, inplace=inplace, vocab_size=words
             )
             (grad,) = torch.autograd.grad(out.loss, shard, torch.ones_like(out.loss))
-            truth = truth_of(logits, targets, config)
+            truth = oracle(logits, targets, config)
             pad = truth.grad.new_zeros(padding.shape)
             whole = truth._replace(grad=torch.cat([truth.grad, pad], -1)[:, start:end])
             assert_close((*out[:4], grad), whole, tolerance)
@@ -145,7 +139,7 @@ def test_token_loss_over_shards_matches_oracle(
     logits, targets = _rows(dtype, SPLITS[size][split][-1])
     grad = torch.cat([part[-1] for part in parts], -1)
     assert grad.dtype == dtype
-    assert_close((*parts[0][:4], grad), truth_of(logits, targets, config), TOLERANCE[dtype])
+    assert_close((*parts[0][:4], grad), oracle(logits, targets, config), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
@@ -181,10 +175,10 @@ def test_merge_stats_equals_the_whole(shards: int, dtype: torch.dtype) -> None:
     parts, start = [], 0
     for part in logits.tensor_split(shards, -1):
         end = start + part.size(-1)
-        parts.append(token_stats(part, local_targets(targets, start, end)))
+        parts.append(token_stats(part, VocabShard(None, start, end).local(targets)))
         start = end
     merged = merge_stats(torch.stack(parts))
-    whole = token_stats(logits.double(), local_targets(targets, 0, 131))
+    whole = token_stats(logits.double(), VocabShard(None, 0, 131).local(targets))
     assert merged.dtype == torch.float64
     assert error(merged, whole) <= (1e-14 if dtype == torch.float64 else 5e-7)
     assert torch.equal(merged[0], whole[0])
@@ -201,11 +195,13 @@ def test_join_stats_of_one_rank_needs_no_group() -> None:
     assert torch.equal(join_stats(stats, None), stats.double())
 
 
-def test_shard_range_of_one_rank_is_the_whole() -> None:
-    assert shard_range(7, None, None) == (0, 7)
-    assert shard_range(7, (10, 17), None) == (10, 17)
+def test_shard_of_one_rank_is_the_whole_without_its_padding() -> None:
+    assert VocabShard.of(7, None, None) == (None, 0, 7)
+    assert VocabShard.of(7, (10, 17), None) == (None, 10, 17)
+    assert VocabShard.of(7, (10, 17), None, 12).columns == 2
+    assert VocabShard.of(7, (10, 17), None, 4) == (None, 10, 10)
 
 
 def test_local_targets_never_leave_the_shard() -> None:
     targets = torch.tensor([-(1 << 63), -1, 9, 10, 19, 20, (1 << 63) - 1])
-    assert local_targets(targets, 10, 20).tolist() == [-1, -1, -1, 0, 9, -1, -1]
+    assert VocabShard(None, 10, 20).local(targets).tolist() == [-1, -1, -1, 0, 9, -1, -1]

@@ -72,9 +72,9 @@ def cost_rows(folder: Path) -> dict[str, dict[str, float]]:
     With fixed matrices of width 64, of too many tokens for a table and not; and with the output
     layer's weight, which is not counted, in two dtypes.
     """
+    from megatron_mile.emo import CostRows
     from megatron_mile.integration.cost import fixed_rows
     from megatron_mile.integration.cost_files import read_matrix
-    from megatron_mile.transport import CostRows
 
     found = {}
     for words in (32000, 1000):

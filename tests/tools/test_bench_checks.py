@@ -23,6 +23,8 @@ from _provider import Provider  # noqa: E402
 from _providers import providers  # noqa: E402
 from _rounds import _check  # noqa: E402
 
+from megatron_mile.config import ObjectiveConfig  # noqa: E402
+
 CPU = torch.device("cpu")
 HIDDEN = 24
 # Of each workload, one that is right.
@@ -49,7 +51,9 @@ def _inputs(dtype: str = "fp32", tp: int = 1, hidden: int = 0) -> tuple[Case, In
 def test_make_inputs_holds_the_truth_of_the_shard(dtype: str, objective: str) -> None:
     case, whole = _inputs(dtype)
     _, shard = _inputs(dtype, tp=2)
-    truth = oracle(whole.leaves["logits"], whole.targets, objective, upstream=whole.upstream)
+    truth = oracle(
+        whole.leaves["logits"], whole.targets, ObjectiveConfig(objective), whole.upstream
+    )
     rows = shard.checked["logits"]
     # Two ways to write the same in fp64: 1e-15 apart.
     torch.testing.assert_close(
@@ -71,7 +75,7 @@ def test_make_inputs_holds_the_truth_behind_the_output_layer(dtype: str, objecti
     first, last = (make_inputs(case, rank, CPU) for rank in range(2))
     hidden = last.leaves["hidden"].double()
     weight = torch.cat([x.leaves["weight"] for x in (first, last)]).double()
-    truth = oracle(hidden @ weight.t(), last.targets, objective, upstream=last.upstream)
+    truth = oracle(hidden @ weight.t(), last.targets, ObjectiveConfig(objective), last.upstream)
     wanted = {
         "loss": truth.loss,
         "hidden": truth.grad @ weight,

@@ -41,7 +41,7 @@ def test_token_stats_over_threads_and_blocks(
     logits[3, 2, ::2] = -torch.inf
     targets = torch.randint(-1, 50, (8, 5))
     m = logits.amax(-1).to(torch.promote_types(dtype, torch.float32))
-    coefficients = torch.randn(2, 8, 5, dtype=m.dtype)
+    coefficients = blocks.Coefficients(*torch.randn(2, 8, 5, dtype=m.dtype))
     expected = true_stats(logits, targets), true_gradient(logits, targets, m, coefficients)
     torch.set_num_threads(3)
     try:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_close, hard_rows, run_loss, truth_of
+from helpers import assert_close, hard_rows, oracle, run_loss
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import token_loss
@@ -76,7 +76,7 @@ def test_token_loss_with_the_reference_matches_oracle(entropy_grad: bool) -> Non
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
         logits, targets = hard_rows(127, dtype)
         out, grad = run_loss(logits, targets, config)
-        assert_close((*out[:4], grad), truth_of(logits, targets, config), tolerance)
+        assert_close((*out[:4], grad), oracle(logits, targets, config), tolerance)
 
 
 def test_token_loss_compiles_on_a_cpu() -> None:

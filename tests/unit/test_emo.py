@@ -10,9 +10,9 @@ from emo_runs import EMO, MIXES, TOLERANCE, assert_close, mixed, run
 from helpers import IGNORED, error, hard_rows
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.emo import CostRows
 from megatron_mile.loss import token_loss
-from megatron_mile.ops.transport import blocked
-from megatron_mile.transport import CostRows
+from megatron_mile.ops.emo import blocked
 
 
 def test_oracle_matches_a_row_by_hand() -> None:
@@ -20,7 +20,7 @@ def test_oracle_matches_a_row_by_hand() -> None:
     rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
     truth = emo_oracle(logits, torch.tensor([0]), rows, "alone")
     assert truth.emo.item() == pytest.approx(0.25 * 1 + 0.25 * 2, abs=1e-15)
-    # q_k (c_k - DEMD), and so -q_y DEMD at the target.
+    # q_k (c_k - D), and so -q_y D at the target.
     assert truth.grad.tolist()[0] == pytest.approx([-0.375, 0.0625, 0.3125], abs=1e-15)
     nll = torch.tensor(2.0, dtype=torch.float64).log().item()
     for mode, value in (("1", nll), ("2", 2 * 0.75)):
@@ -56,7 +56,7 @@ def test_token_loss_keeps_the_digits_of_certain_and_wrong_rows(backend: str) -> 
     truth = emo_oracle(logits, targets, rows)
     assert truth.nll.max() > 100
     ours = run(logits, targets, mixed("1", False, 0, backend), CostRows(rows))
-    # Measured 6.4e-7; 1.9e-6 with DEMD rounded to fp32, 8e-6 with sums in fp32.
+    # Measured 6.4e-7; 1.9e-6 with D rounded to fp32, 8e-6 with sums in fp32.
     assert_close(ours, truth, 1.3e-6)
 
 

@@ -9,11 +9,11 @@ from emo_runs import EMO, assert_close, run
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.emo import CostRows
 from megatron_mile.linear import linear_token_loss
 from megatron_mile.loss import token_loss
 from megatron_mile.ops import blocks
-from megatron_mile.ops.transport import blocked
-from megatron_mile.transport import CostRows
+from megatron_mile.ops.emo import blocked
 
 
 def test_token_loss_keeps_logits_and_repeats_its_backward() -> None:

@@ -5,14 +5,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import IGNORED, assert_close, oracle, run_loss
+from helpers import IGNORED, MILE, WEIGHTED, assert_close, oracle, run_loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.emo import CostRows
 from megatron_mile.loss import reduce_loss, token_loss
-from megatron_mile.transport import CostRows
-
-MILE = ObjectiveConfig()
+from megatron_mile.objectives import OBJECTIVES
 
 
 def test_token_loss_keeps_byte_targets_apart_from_ignore_index() -> None:
@@ -43,7 +42,7 @@ def test_token_loss_honours_an_ignore_index_inside_the_vocabulary() -> None:
 
 # Just outside, far outside, and where target - start would overflow.
 @pytest.mark.parametrize("target", [-1, 5, 1 << 40, -(1 << 63), (1 << 63) - 1])
-@pytest.mark.parametrize("name", ["ce", "mile", "focal"])
+@pytest.mark.parametrize("name", WEIGHTED)
 def test_token_loss_of_an_invalid_target_is_nan_with_its_gradient(name: str, target: int) -> None:
     logits, targets = torch.randn(2, 5), torch.tensor([target, 1])
     config = ObjectiveConfig(objective=name, gamma=0)
@@ -231,14 +230,14 @@ def test_token_loss_refuses_a_backend_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["kept", "in place"])
-@pytest.mark.parametrize("objective", ["ce", "mile", "focal", "emo"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_token_loss_never_waits_for_a_value(objective: str, inplace: bool) -> None:
     # As CUDA graphs need it: a tensor without values raises where one is read.
     config = ObjectiveConfig(objective, backend="torch")
     with FakeTensorMode():
         leaf = torch.empty(2, 3, 50, requires_grad=True)
         targets = torch.empty(2, 3, dtype=torch.long)
-        cost = CostRows(torch.empty(50, 6)) if objective == "emo" else None
+        cost = CostRows(torch.empty(50, 6)) if config.definition.needs_cost else None
         out = token_loss(leaf * 1, targets, config, inplace=inplace, vocab_size=40, cost=cost)
         reduce_loss(out, mask=out.valid, config=config).backward()
         assert leaf.grad is not None

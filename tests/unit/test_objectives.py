@@ -1,22 +1,27 @@
-"""Weights and slopes against their equations, with the powers of zero."""
+"""Weights and slopes against their equations, with the powers of zero; what a definition holds."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import WEIGHTED, WEIGHTS, variations
 
+from megatron_mile import objectives
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.objectives import OBJECTIVES, UNWEIGHTED
+from megatron_mile.objectives import OBJECTIVES
 
 # 0 is where powers are delicate, 1e-20 where 1 - p_y underflows unless expm1 is used, ln 32000 the
 # largest entropy at that vocabulary, 200 a hopeless target.
 NATS = [0.0, 1e-20, 1e-9, 0.3, 1.0, 10.3735, 200.0]
 GAMMAS = [0.0, 0.5, 1.0, 2.0, 5.0]
+WITH_WEIGHT = [name for name, objective in OBJECTIVES.items() if objective.weight is not None]
 
 
 def _weight(config: ObjectiveConfig, nll: float, entropy: float) -> float:
     row = torch.tensor([[nll], [entropy]], dtype=torch.float64)
-    return OBJECTIVES[config.objective].weight(row[0], row[1], config).item()
+    assert config.definition.weight is not None
+    return config.definition.weight(row[0], row[1], **config.own).item()
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
@@ -40,27 +45,62 @@ def test_focal_weight_is_never_nan_for_a_rounded_nll() -> None:
     assert _weight(config, -1e-7, 0.0) == 0
 
 
-@pytest.mark.parametrize("name", list(OBJECTIVES))
-def test_unweighted_objectives_have_weight_one(name: str) -> None:
-    config = ObjectiveConfig(name, gamma=2.0)
-    weights = {_weight(config, nll, entropy) for nll in NATS for entropy in NATS}
-    assert (name in UNWEIGHTED) == (weights == {1})
-    assert config.alpha_mode == ("none" if name in UNWEIGHTED else "global")
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_definition_is_whole(name: str) -> None:
+    objective = OBJECTIVES[name]
+    folder = Path(str(objectives.__file__)).parent
+    assert (folder / f"{name}.py").is_file()
+    assert objective.label
+    assert objective.equation
+    # A mix has no weight of its own, and a slope belongs to a weight.
+    assert not (objective.mix and objective.weight)
+    assert objective.weight or not (objective.weight_slope or objective.check_slope)
+    assert ObjectiveConfig(name).alpha_mode == ("global" if objective.weight else "none")
 
 
-@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
-@pytest.mark.parametrize("name", list(OBJECTIVES))
-def test_weight_slope_is_the_derivative(name: str, gamma: float) -> None:
-    config = ObjectiveConfig(objective=name, gamma=gamma)
-    entropy = torch.tensor(NATS, dtype=torch.float64, requires_grad=True)
-    nll = torch.full_like(entropy, 0.7)
-    weight = OBJECTIVES[name].weight(nll, entropy, config)
-    slope = OBJECTIVES[name].weight_slope(nll, entropy, config)
-    if weight.requires_grad:
-        (expected,) = torch.autograd.grad(weight.sum(), entropy)
-    else:
-        expected = torch.zeros_like(entropy)
-    torch.testing.assert_close(slope.detach(), expected, rtol=1e-14, atol=0)
+def test_every_file_of_the_folder_is_an_objective_and_cross_entropy_is_first() -> None:
+    folder = Path(str(objectives.__file__)).parent
+    files = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
+    assert set(OBJECTIVES) == files
+    first, *others = OBJECTIVES.values()
+    assert first.is_cross_entropy
+    assert [objective.name for objective in others] == sorted(files - {first.name})
+
+
+def test_every_weight_has_its_equation_in_the_oracle() -> None:
+    assert set(WEIGHTS) == set(WEIGHTED)
+
+
+@pytest.mark.parametrize("name", WITH_WEIGHT)
+def test_weight_is_the_oracles_and_not_one(name: str) -> None:
+    nll = torch.tensor(NATS, dtype=torch.float64).repeat(len(NATS))
+    entropy = torch.tensor(NATS, dtype=torch.float64).repeat_interleave(len(NATS))
+    weights = []
+    for config in variations(name):
+        weight = OBJECTIVES[name].weight
+        assert weight is not None
+        weights.append(weight(nll, entropy, **config.own))
+        expected = WEIGHTS[name](nll, entropy, config)
+        torch.testing.assert_close(weights[-1], expected, rtol=1e-14, atol=1e-9)
+    assert any((weight != 1).any() for weight in weights)
+
+
+@pytest.mark.parametrize("name", WITH_WEIGHT)
+def test_weight_slope_is_the_derivative(name: str) -> None:
+    weight, slope = OBJECTIVES[name].weight, OBJECTIVES[name].weight_slope
+    assert weight is not None
+    for config in variations(name):
+        entropy = torch.tensor(NATS, dtype=torch.float64, requires_grad=True)
+        nll = torch.full_like(entropy, 0.7)
+        value = weight(nll, entropy, **config.own)
+        if slope is None:
+            assert not value.requires_grad
+            continue
+        (expected,) = torch.autograd.grad(value.sum(), entropy)
+        found = slope(nll, entropy, **config.own).detach()
+        kept = expected.isfinite()  # at 0 to the power of 0, autograd has NaN
+        assert kept[1:].all()
+        torch.testing.assert_close(found[kept], expected[kept], rtol=1e-14, atol=0)
 
 
 # At sigma + H = 0: gamma = 0 is a constant weight, 1 has slope 0^0 = 1, larger ones start flat.
@@ -68,19 +108,19 @@ def test_weight_slope_is_the_derivative(name: str, gamma: float) -> None:
     ("gamma", "weight", "slope"), [(0.0, 1.0, 0.0), (1.0, 0.0, 1.0), (2.0, 0.0, 0.0)]
 )
 def test_mile_weight_slope_at_zero_entropy(gamma: float, weight: float, slope: float) -> None:
-    config = ObjectiveConfig(gamma=gamma, sigma=0)
-    zero = torch.zeros(1)
-    assert OBJECTIVES["mile"].weight(zero, zero, config).item() == weight
-    assert OBJECTIVES["mile"].weight_slope(zero, zero, config).item() == slope
+    mile, zero = OBJECTIVES["mile"], torch.zeros(1)
+    assert mile.weight is not None
+    assert mile.weight_slope is not None
+    assert mile.weight(zero, zero, gamma=gamma, sigma=0.0).item() == weight
+    assert mile.weight_slope(zero, zero, gamma=gamma, sigma=0.0).item() == slope
 
 
-@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("name", WITH_WEIGHT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_weight_keeps_shape_and_dtype(name: str, dtype: torch.dtype) -> None:
     nats = torch.rand(2, 3, dtype=dtype)
-    config = ObjectiveConfig(objective=name, gamma=2)
-    for result in (
-        OBJECTIVES[name].weight(nats, nats, config),
-        OBJECTIVES[name].weight_slope(nats, nats, config),
-    ):
-        assert (result.shape, result.dtype) == (nats.shape, dtype)
+    own = ObjectiveConfig(objective=name, gamma=2).own
+    for function in (OBJECTIVES[name].weight, OBJECTIVES[name].weight_slope):
+        if function is not None:
+            result = function(nats, nats, **own)
+            assert (result.shape, result.dtype) == (nats.shape, dtype)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import error
 
+from megatron_mile.ops.blocks import Coefficients
 from megatron_mile.ops.token_stats import reference
 
 # fp32 sums of up to 1003 terms: measured 1.2e-7 at most; fp64: 4e-16.
@@ -62,13 +63,13 @@ def test_token_stats_backward_matches_definition(tilted: bool, dtype: torch.dtyp
     logits[1, 5] = -300
     targets = torch.tensor([0, 126, 64, -1, 3, 5])
     m = logits.amax(-1) + torch.tensor([0, 0, 0, 0, 0.5, 0])  # another shard may hold the maximum
-    coefficients = torch.randn(2 + tilted, 6, dtype=dtype)
+    coefficients = Coefficients(*torch.randn(2 + tilted, 6, dtype=dtype))
     grad = reference.token_stats_backward(logits, targets, m, coefficients)
 
-    flat, peak, *tilt = coefficients.double().unsqueeze(-1)
+    flat, peak, tilt = coefficients.map(lambda x: x.double().unsqueeze(-1))
     shifted = (logits.double() - m.double().unsqueeze(-1)).clamp(min=-1e6)  # 0 * -inf is meant as 0
     onehot = torch.arange(127) == targets.unsqueeze(-1)
-    expected = torch.exp(shifted) * (flat + (tilt[0] * shifted if tilt else 0))
+    expected = torch.exp(shifted) * (flat + (0 if tilt is None else tilt * shifted))
     expected = torch.where(onehot, peak, expected)
     assert error(grad, expected) <= TOLERANCE[dtype]
     assert grad[0, 5] == 0
@@ -79,14 +80,14 @@ def test_token_stats_backward_is_zero_for_zero_coefficients(columns: int) -> Non
     logits = torch.full((3, columns), torch.nan)
     targets = torch.tensor([-1, 0, 2]) if columns else torch.full((3,), -1)
     grad = reference.token_stats_backward(
-        logits, targets, torch.full((3,), torch.nan), torch.zeros(3, 3)
+        logits, targets, torch.full((3,), torch.nan), Coefficients(*torch.zeros(3, 3))
     )
     assert torch.equal(grad, torch.zeros(3, columns))
 
 
 def test_token_stats_backward_writes_over_its_input() -> None:
     logits, targets = torch.randn(4, 9).bfloat16(), torch.tensor([0, 1, -1, 8])
-    arguments = (logits.float().amax(-1), torch.randn(2, 4))
+    arguments = (logits.float().amax(-1), Coefficients(*torch.randn(2, 4)))
     expected = reference.token_stats_backward(logits, targets, *arguments)
     written = reference.token_stats_backward(logits, targets, *arguments, out=logits)
     assert written is logits

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 import matplotlib  # noqa: E402
 
@@ -30,6 +30,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from _cli import ToolError, new_parser, one_line_errors  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+
+from megatron_mile.objectives import OBJECTIVES  # noqa: E402
 
 PROG = "tools/bench/plot.py"
 HERE = Path(__file__).resolve().parent
@@ -200,14 +202,15 @@ def _memory(row: Row) -> str:
 
 
 def _label(row: Row) -> str:
-    kind = {"mile": "MiLe", "emo": "EMO", "ce": "CE", "none": "no loss"}[row["objective"]]
-    return f"{row['provider']} ({kind})"
+    objective = OBJECTIVES.get(row["objective"])
+    return f"{row['provider']} ({objective.label if objective else 'no loss'})"
 
 
 def _colour(row: Row) -> str:
     if row["provider"].startswith("ours"):
         return OURS
-    return OTHER if row["objective"] in ("mile", "emo") else CROSS_ENTROPY
+    objective = OBJECTIVES.get(row["objective"])
+    return OTHER if objective and not objective.is_cross_entropy else CROSS_ENTROPY
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

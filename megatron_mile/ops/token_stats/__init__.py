@@ -13,6 +13,8 @@ from typing import Protocol
 
 import torch
 
+from megatron_mile.ops.blocks import Coefficients
+
 
 class TokenStats(Protocol):
     """What an implementation (a module of this folder) offers.
@@ -40,7 +42,7 @@ class TokenStats(Protocol):
         logits: torch.Tensor,
         targets: torch.Tensor,
         m: torch.Tensor,
-        coefficients: torch.Tensor,
+        coefficients: Coefficients,
         out: torch.Tensor | None = None,
         consumed: bool = False,
     ) -> torch.Tensor:
@@ -50,9 +52,8 @@ class TokenStats(Protocol):
             logits: As the forward left them.
             targets: As in the forward.
             m: The maximum that the forward returned, [...].
-            coefficients: (flat, peak) or (flat, peak, tilt), [2 or 3, ...], in m's dtype; no tilt
-                with `consumed`. A row whose coefficients are all 0 gets a gradient of exactly 0
-                whatever its logits hold.
+            coefficients: Each [...], in m's dtype; no tilt with `consumed`. A row where all are 0
+                gets a gradient of exactly 0 whatever its logits hold.
             out: Where to write, of the logits' shape and dtype; may be the logits themselves, and
                 must be with `consumed`. No other overlap.
             consumed: The forward ran with `consume`.

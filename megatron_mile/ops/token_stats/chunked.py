@@ -15,7 +15,14 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_mile.ops.blocks import Block, correct_rows, row_blocks, rows_in_cache, widened
+from megatron_mile.ops.blocks import (
+    Block,
+    Coefficients,
+    correct_rows,
+    row_blocks,
+    rows_in_cache,
+    widened,
+)
 from megatron_mile.ops.threads import share_out
 from megatron_mile.ops.token_stats import reference
 
@@ -45,7 +52,7 @@ def token_stats_backward(
     logits: torch.Tensor,
     targets: torch.Tensor,
     m: torch.Tensor,
-    coefficients: torch.Tensor,
+    coefficients: Coefficients,
     out: torch.Tensor | None = None,
     consumed: bool = False,
 ) -> torch.Tensor:
@@ -56,16 +63,16 @@ def token_stats_backward(
         return out
     consumed = consumed and _holds_exps(logits.dtype)
     anchor = _anchor(m).reshape(-1, 1)
-    factors = coefficients.reshape(len(coefficients), -1, 1)
+    factors = coefficients.map(lambda x: x.reshape(-1, 1))
 
     def work(blocks: Iterator[Block]) -> None:
         scratch = _scratch(logits, m.dtype)
         for rows, (block, grad) in blocks:
             parts = scratch[:, : len(block)]
             if consumed:
-                write_product(widened(block, parts[0]), factors[0, rows], grad, parts[0])
+                write_product(widened(block, parts[0]), factors.flat[rows], grad, parts[0])
             else:
-                _block_gradient(block, anchor[rows], factors[:, rows], grad, parts)
+                _block_gradient(block, anchor[rows], factors.part(rows), grad, parts)
 
     share_out(work, row_blocks(rows_in_cache(logits), logits, out))
     correct_rows(out, targets, coefficients)
@@ -124,17 +131,16 @@ def block_stats(
 def _block_gradient(
     block: torch.Tensor,
     anchor: torch.Tensor,
-    coefficients: torch.Tensor,
+    coefficients: Coefficients,
     grad: torch.Tensor,
     scratch: torch.Tensor,
 ) -> None:
     """Write e^(z-m) * (flat + tilt * (z-m)) of a block to `grad`, which may be the block."""
-    flat, _, *tilt = coefficients
     shifted = torch.sub(widened(block, scratch[0]), anchor, out=scratch[0])
     exps = torch.exp(shifted, out=scratch[1])
-    factor = flat
-    if tilt:
-        factor = shifted.clamp_(min=reference.FLOOR).mul_(tilt[0]).add_(flat)
+    factor = coefficients.flat
+    if coefficients.tilt is not None:
+        factor = shifted.clamp_(min=reference.FLOOR).mul_(coefficients.tilt).add_(factor)
     write_product(exps, factor, grad, exps)
 
 

@@ -2,7 +2,7 @@
 
     forward    z [N, V]  --one read-->  (m, S, T, z_y) [4, N] fp32        one program per row
                   the caller joins the shards of the vocabulary and forms the coefficients
-    backward   z [N, V], coefficients [2 or 3, N]  --one read, one write-->  gradient [N, V]
+    backward   z [N, V], 2 or 3 coefficients [N]  --one read, one write-->  gradient [N, V]
                                                                 one program per row and tile
 
 Two kernels, because a row's gradient needs the statistics of all shards. Both compute in fp32 and
@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_mile.ops.blocks import Coefficients
 from megatron_mile.ops.token_stats import reference
 
 _FLOOR = tl.constexpr(reference.FLOOR)
@@ -100,8 +101,9 @@ def token_stats_bwd_kernel(
     grad_inner_stride: tl.tensor,
     targets: tl.tensor,  # [N] int64, read-only
     maxima: tl.tensor,  # [N] fp32, read-only: m of the forward
-    coefficients: tl.tensor,  # [2 or 3, N] fp32, read-only: flat, peak, tilt
-    rows: tl.tensor,  # N
+    flats: tl.tensor,  # [N] fp32, read-only, as peaks and tilts
+    peaks: tl.tensor,
+    tilts: tl.tensor,  # not read unless TILTED
     inner: tl.tensor,
     columns: tl.tensor,  # V
     BLOCK: tl.constexpr,
@@ -113,15 +115,15 @@ def token_stats_bwd_kernel(
     cells = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cells < columns
     m = tl.load(maxima + number)
-    flat = tl.load(coefficients + number)
-    peak = tl.load(coefficients + rows + number)
+    flat = tl.load(flats + number)
+    peak = tl.load(peaks + number)
     start = _row_start(logits, row, inner, outer_stride, inner_stride)
     z = tl.load(start + cells, mask=inside, other=_MINUS_INF).to(tl.float32)
     shifted = z - tl.where(m == _MINUS_INF, 0.0, m)
     is_zero = (flat == 0) & (peak == 0)
     factor = flat
     if TILTED:
-        tilt = tl.load(coefficients + 2 * rows + number)
+        tilt = tl.load(tilts + number)
         is_zero = is_zero & (tilt == 0)
         factor = flat + tilt * tl.maximum(shifted, _FLOOR)
     value = tl.exp(shifted) * factor
@@ -148,14 +150,14 @@ def token_stats_backward(
     logits: torch.Tensor,
     targets: torch.Tensor,
     m: torch.Tensor,
-    coefficients: torch.Tensor,
+    coefficients: Coefficients,
     out: torch.Tensor | None = None,
     consumed: bool = False,
 ) -> torch.Tensor:
     """Return the gradient, [..., V]; see `megatron_mile.ops.token_stats.TokenStats`."""
     logits = logits.detach()
     out = torch.empty_like(logits) if out is None else out
-    _backward(logits, targets, m, coefficients, out)
+    _backward(logits, targets, m, *coefficients, out)
     return out
 
 
@@ -191,7 +193,9 @@ def _backward(
     logits: torch.Tensor,
     targets: torch.Tensor,
     m: torch.Tensor,
-    coefficients: torch.Tensor,
+    flat: torch.Tensor,
+    peak: torch.Tensor,
+    tilt: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     if logits.numel() == 0:
@@ -201,20 +205,20 @@ def _backward(
     grad = _in_rows(torch.empty_like(out, dtype=torch.float32) if wide else out)
     logits = _in_rows(logits)
     block, warps = _launch_size(logits.size(-1))
-    rows = targets.numel()
     with torch.cuda.device_of(logits):
-        token_stats_bwd_kernel[(rows, triton.cdiv(logits.size(-1), block))](
+        token_stats_bwd_kernel[(targets.numel(), triton.cdiv(logits.size(-1), block))](
             logits,
             *logits.stride()[:2],
             grad,
             *grad.stride()[:2],
             targets.contiguous(),
             m.contiguous(),
-            coefficients.contiguous(),
-            rows,
+            flat.contiguous(),
+            peak.contiguous(),
+            (flat if tilt is None else tilt).contiguous(),
             *logits.shape[1:],
             BLOCK=block,
-            TILTED=len(coefficients) == 3,
+            TILTED=tilt is not None,
             num_warps=warps,
         )
     if grad.data_ptr() != out.data_ptr():
@@ -226,7 +230,9 @@ def _nothing(
     logits: torch.Tensor,
     targets: torch.Tensor,
     m: torch.Tensor,
-    coefficients: torch.Tensor,
+    flat: torch.Tensor,
+    peak: torch.Tensor,
+    tilt: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     return None

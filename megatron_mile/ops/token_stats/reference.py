@@ -2,6 +2,8 @@
 
 import torch
 
+from megatron_mile.ops.blocks import Coefficients
+
 # e^x is exactly 0 below -746 in fp64 (-104 in fp32), so raising z - m to this floor changes no sum,
 # and the products with a masked logit (-inf) become 0 * finite.
 FLOOR = -1000.0
@@ -33,20 +35,20 @@ def token_stats_backward(
     logits: torch.Tensor,
     targets: torch.Tensor,
     m: torch.Tensor,
-    coefficients: torch.Tensor,
+    coefficients: Coefficients,
     out: torch.Tensor | None = None,
     consumed: bool = False,
 ) -> torch.Tensor:
     """Return the gradient, [..., V]; see `megatron_mile.ops.token_stats.TokenStats`."""
     if logits.size(-1) == 0:
         return torch.empty_like(logits) if out is None else out
-    flat, peak, *tilt = coefficients.unsqueeze(-1)
+    flat, peak, tilt = coefficients.map(lambda x: x.unsqueeze(-1))
     shifted = _shifted(logits, m)
     grad = shifted.exp()
-    grad.mul_(shifted.mul_(tilt[0]).add_(flat) if tilt else flat)
+    grad.mul_(flat if tilt is None else shifted.mul_(tilt).add_(flat))
     column = targets.clamp(min=0).unsqueeze(-1)
     at_target = torch.where(targets.unsqueeze(-1) < 0, grad.gather(-1, column), peak)
     grad.scatter_(-1, column, at_target)
     # A select, because 0 * NaN of a row's logits is NaN.
-    grad.masked_fill_((coefficients == 0).all(0).unsqueeze(-1), 0)
+    grad.masked_fill_(coefficients.are_zero().unsqueeze(-1), 0)
     return grad.to(logits.dtype) if out is None else out.copy_(grad)

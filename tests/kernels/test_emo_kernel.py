@@ -1,33 +1,33 @@
-"""The Triton kernels of the transport against the contract, and EMO on them against the oracle."""
+"""The Triton kernels of EMO's statistics against their contract, EMO on them against the oracle."""
 
 import itertools
 
 import pytest
 import torch
+from emo_contract import EmoContract
 from emo_oracle import certain_rows, emo_oracle, hard_cost_rows
 from helpers import error, hard_rows
-from transport_contract import TransportContract
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.emo import CostRows
 from megatron_mile.loss import token_loss
 from megatron_mile.ops import dispatch
-from megatron_mile.ops.transport import kernel
-from megatron_mile.transport import CostRows
+from megatron_mile.ops.emo import kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # Rows with NaN or infinity; the interpreter computes with numpy.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-class TestKernel(TransportContract):
+class TestKernel(EmoContract):
     implementation = kernel
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     device = DEVICE
 
 
-def test_transport_beside_the_kernel_is_the_kernel() -> None:
+def test_emo_beside_the_kernel_is_the_kernel() -> None:
     statistics, _ = dispatch.select("triton", torch.device(DEVICE))
-    assert dispatch.transport_beside(statistics) is kernel
+    assert dispatch.emo_beside(statistics) is kernel
 
 
 @pytest.mark.parametrize(

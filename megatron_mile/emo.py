@@ -1,4 +1,4 @@
-"""EMO as a loss of logits: statistics, distances, mix and gradient joined in one autograd node.
+"""EMO as a loss of logits: cost rows, distance, mix and gradient in one autograd node.
 
     forward    target rows [T, d], by an all_reduce that may have begun before the logits
                block of logits, block of products --> 6 numbers per token
@@ -14,18 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.ops import dispatch
-from megatron_mile.ops.transport.blocked import transport, transport_backward
+from megatron_mile.ops.blocks import Coefficients
+from megatron_mile.ops.emo.blocked import gradient_of_all, stats_of_all
 from megatron_mile.parallel import ProcessGroup
-from megatron_mile.parallel.rows import start_lookup, vocabulary_end
-from megatron_mile.parallel.vocab import local_targets, shard_range
-from megatron_mile.weighting import scale_coefficients, weigh_transport
+from megatron_mile.parallel.vocab import VocabShard, join_stats, start_lookup, vocabulary_end
 
 # Rows whose norms are taken at once on a CPU, which first converts what it is given.
 _NORM_ROWS = 512
@@ -35,11 +34,19 @@ SPENT = (
 )
 
 
-class CostRows:
-    """This shard's rows of EMO's cost matrix, c_k = 1 - cos(e_k, e_y).
+class NodeSettings(NamedTuple):
+    """What a node of `token_loss`, this one or the other, needs beside tensors."""
 
-    A row of zeros (padding), or of a norm whose square underflows, is at distance 1 from every
-    other. The rows never get a gradient. Every loss takes them as they are when their norms are
+    config: ObjectiveConfig
+    shard: VocabShard
+    inplace: bool
+
+
+class CostRows:
+    """This shard's rows e_k of EMO's cost matrix, c_k = 1 - cos(e_k, e_y).
+
+    A row of zeros (padding), or of a norm whose square underflows, has the cost 1 with every other.
+    The rows never get a gradient. Every loss takes them as they are when their norms are
     taken, at `fetch`, where fp16 and fp64 are copied. Products of them run in their dtype.
 
     Raises:
@@ -74,10 +81,10 @@ class CostRows:
             tp_group: Tensor-parallel group that shares the vocabulary; None for this rank alone.
             vocab_range: (start, end) of this shard; None for equal shards in rank order.
         """
-        _, end = shard_range(len(self.rows), vocab_range, tp_group)
+        shard = VocabShard.of(len(self.rows), vocab_range, tp_group)
         device = self.rows.device
-        words = torch.arange(vocabulary_end(end, device, tp_group), device=device)
-        fetched = self.fetch(words, tp_group, vocab_range)
+        ids = torch.arange(vocabulary_end(shard, device), device=device)
+        fetched = self.fetch(ids, tp_group, vocab_range)
         self.table = fetched.products(slice(None), None), fetched.scale
         return self
 
@@ -101,9 +108,9 @@ class CostRows:
         if self.table is not None:
             ids = targets.flatten().long().clamp(0, len(self.table[0]) - 1)
             return TargetCosts(self, targets.shape, *self.table, ids=ids)
-        start, end = shard_range(len(self.rows), vocab_range, tp_group)
+        shard = VocabShard.of(len(self.rows), vocab_range, tp_group)
         rows, scale = _with_scale(self.rows)
-        waiting = start_lookup(rows, scale, local_targets(targets.flatten(), start, end), tp_group)
+        waiting = start_lookup(rows, scale, targets.flatten(), shard)
         return TargetCosts(self, targets.shape, rows, scale, wait=waiting)
 
 
@@ -168,7 +175,50 @@ def _with_scale(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return unit, torch.ones_like(scale)
 
 
-class TransportLoss(torch.autograd.Function):
+def weigh_emo(
+    stats: torch.Tensor,
+    valid: torch.Tensor,
+    config: ObjectiveConfig,
+    shard: VocabShard,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss per token and the coefficients of this shard's gradient; one all_gather.
+
+    With q = e^(z-m) / S, and a and b the factors of the objective's mix, the gradient is
+    a (q - 1_y) + b q (c - D) = e^(z-m) (flat + tilt (c - D)) - a 1_y. nll is made of R, the mass
+    beside the target, because mode 2 divides by it where it is small.
+
+    Args:
+        stats: (m, S, T, z_y, R, C) of this shard, fp64 [6, ...].
+        valid: bool [...]; other tokens get 0 throughout.
+        config: The objective.
+        shard: What this rank has of the vocabulary.
+        dtype: Of the fields.
+
+    Returns:
+        (loss, nll, entropy, weight, distance), [5, ...]; and the stacked coefficients, fp64
+        [3, ...].
+    """
+    m, total, moment, z_y, rest, cost = join_stats(stats, shard.group)
+    nll = torch.logaddexp(rest.log() - (z_y - m), torch.zeros_like(m))
+    entropy = (total.log() - moment / total).clamp(min=0)
+    total = rest + torch.exp(z_y - m)
+    distance = cost / total
+    mix = config.definition.mix
+    assert mix is not None
+    loss, of_nll, of_distance = mix(nll, distance, **config.own)
+    fields = torch.stack([loss, nll, entropy, torch.ones_like(entropy), distance])
+    flat, tilt = of_nll / total, of_distance / total
+    peak = of_nll * torch.expm1(-nll) - of_distance * torch.exp(-nll) * distance
+    shift = stats[0] - m
+    scale = torch.where(shift > -torch.inf, shift, 0).exp()  # no finite logit: any finite shift
+    # The backward takes D as rounded here: large tilts must not meet what that leaves out.
+    flat = flat - tilt * (distance - distance.to(dtype))
+    coefficients = Coefficients(scale * flat, peak, scale * tilt).stack()
+    return fields.masked_fill(~valid, 0).to(dtype), coefficients.masked_fill(~valid, 0)
+
+
+class EmoLoss(torch.autograd.Function):
     """EMO's loss of vocabulary-parallel logits, with its gradient in closed form."""
 
     @staticmethod
@@ -177,34 +227,32 @@ class TransportLoss(torch.autograd.Function):
         logits: torch.Tensor,
         targets: torch.Tensor,
         valid: torch.Tensor,
-        columns: int,
-        config: ObjectiveConfig,
-        group: ProcessGroup | None,
-        inplace: bool,
+        settings: NodeSettings,
         costs: TargetCosts,
     ) -> tuple[torch.Tensor, ...]:
-        """Return (loss, nll, entropy, weight, DEMD) from the first `columns` of the logits."""
+        """Return (loss, nll, entropy, weight, distance) of logits and local targets."""
+        config, shard, inplace = settings
         statistics, _ = dispatch.select(config.backend, logits.device, logits.dtype)
-        ctx.transport = dispatch.transport_beside(statistics)
-        ctx.columns, ctx.inplace, ctx.spent, ctx.costs = columns, inplace, False, costs
+        ctx.implementation = dispatch.emo_beside(statistics)
+        ctx.settings, ctx.spent, ctx.costs = settings, False, costs
         keeps = ctx.needs_input_grad[0] and not inplace and costs.matrix.dtype == logits.dtype
         ctx.kept = torch.empty_like(logits) if keeps else None
-        inside = logits[..., :columns]
+        inside = (..., slice(shard.columns))
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        shard = transport(
-            ctx.transport,
-            inside,
+        stats = stats_of_all(
+            ctx.implementation,
+            logits[inside],
             targets,
-            partial(costs.products, columns=columns),
-            costs.scale[:columns].to(dtype),
-            ctx.kept[..., :columns] if keeps else None,
+            partial(costs.products, columns=shard.columns),
+            costs.scale[: shard.columns].to(dtype),
+            ctx.kept[inside] if keeps else None,
         )
-        fields, coefficients = weigh_transport(shard, valid, config, group, dtype)
+        fields, coefficients = weigh_emo(stats, valid, config, shard, dtype)
         if inplace:
             # Whoever saved the logits must learn now, although the write waits for the backward.
             torch.autograd.graph.increment_version(logits)
         loss, *others = fields.unbind()
-        ctx.save_for_backward(logits, targets, shard[0].to(dtype), others[-1], coefficients)
+        ctx.save_for_backward(logits, targets, stats[0].to(dtype), others[-1], coefficients)
         ctx.mark_non_differentiable(*others)
         return loss, *others
 
@@ -214,22 +262,24 @@ class TransportLoss(torch.autograd.Function):
         """Return the gradient in the logits' dtype, over the logits' storage if in place."""
         if ctx.spent:
             raise RuntimeError(SPENT)
-        logits, targets, m, mean, coefficients = ctx.saved_tensors
-        ctx.spent = ctx.inplace
+        logits, targets, m, distance, coefficients = ctx.saved_tensors
+        ctx.spent = inplace = ctx.settings.inplace
+        columns = ctx.settings.shard.columns
+        inside = (..., slice(columns))
         kept, ctx.kept = ctx.kept, None
         out = kept
         if out is None:
-            out = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        transport_backward(
-            ctx.transport,
-            logits[..., : ctx.columns],
+            out = logits.detach() if inplace else torch.empty_like(logits)
+        gradient_of_all(
+            ctx.implementation,
+            logits[inside],
             targets,
             m,
-            mean,
-            scale_coefficients(coefficients, grad, m.dtype),
-            partial(ctx.costs.products, columns=ctx.columns) if kept is None else None,
-            ctx.costs.scale[: ctx.columns].to(m.dtype),
-            out[..., : ctx.columns],
+            distance,
+            Coefficients.scaled(coefficients, grad, m.dtype),
+            partial(ctx.costs.products, columns=columns) if kept is None else None,
+            ctx.costs.scale[:columns].to(m.dtype),
+            out[inside],
         )
-        out[..., ctx.columns :] = 0
-        return out, *[None] * 7
+        out[..., columns:] = 0
+        return out, None, None, None, None

@@ -1,4 +1,4 @@
-"""Transport of all tokens, one block of rows after the other.
+"""EMO's statistics of all tokens, one block of rows after the other.
 
     block of products (a GEMM, or rows of a table) + block of logits --> six numbers      forward
     block of products, kept or made again          + block of logits --> gradient         backward
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from megatron_mile.ops.blocks import Block, row_blocks
-from megatron_mile.ops.transport import Transport
+from megatron_mile.ops.blocks import Block, Coefficients, row_blocks
+from megatron_mile.ops.emo import EmoStats
 
 # Elements of a block of products. On two CPU cores the GEMM took, per row of 32000 columns, 1.7
 # of the time of all 2048 rows at once for 64 rows, 1.2 for 131 (2^22), and 1.1 for 524 (2^24).
@@ -23,15 +23,15 @@ Products = Callable[[slice, torch.Tensor | None], torch.Tensor]
 """(tokens, out) -> products [n, V] of these tokens, in `out` if it is given."""
 
 
-def transport(
-    implementation: Transport,
+def stats_of_all(
+    implementation: EmoStats,
     logits: torch.Tensor,
     targets: torch.Tensor,
     products: Products,
     scale: torch.Tensor,
     kept: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return (m, S, T, z_y, R, D) of every token, fp64 [6, ...].
+    """Return (m, S, T, z_y, R, C) of every token, fp64 [6, ...].
 
     Args:
         implementation: What computes a block.
@@ -42,23 +42,23 @@ def transport(
         kept: [..., V] in their dtype, filled with the products; None forgets them.
     """
     flat_targets, logits = targets.flatten(), logits.detach()
-    shard = logits.new_zeros(6, len(flat_targets), dtype=torch.float64)
-    shard[0], shard[3] = -torch.inf, torch.nan  # as without any column
+    stats = logits.new_zeros(6, len(flat_targets), dtype=torch.float64)
+    stats[0], stats[3] = -torch.inf, torch.nan  # as without any column
     size = _BLOCK if kept is None else _KEPT_BLOCK
     for tokens, (block, *places) in _blocks(size, logits, kept):
-        found = products(tokens, places[0] if places else None)
-        shard[:, tokens] = implementation.transport_block(block, found, scale, flat_targets[tokens])
-        del found  # before the next block of them is made
-    return shard.view(6, *targets.shape)
+        made = products(tokens, places[0] if places else None)
+        stats[:, tokens] = implementation.emo_stats(block, made, scale, flat_targets[tokens])
+        del made  # before the next block of them is made
+    return stats.view(6, *targets.shape)
 
 
-def transport_backward(
-    implementation: Transport,
+def gradient_of_all(
+    implementation: EmoStats,
     logits: torch.Tensor,
     targets: torch.Tensor,
     m: torch.Tensor,
-    mean: torch.Tensor,
-    coefficients: torch.Tensor,
+    distance: torch.Tensor,
+    coefficients: Coefficients,
     products: Products | None,
     scale: torch.Tensor,
     out: torch.Tensor,
@@ -70,28 +70,28 @@ def transport_backward(
         logits: As in the forward.
         targets: As in the forward.
         m: Maxima, [...], in the dtype of the arithmetic.
-        mean: DEMD, [...], in m's dtype.
-        coefficients: (flat, peak, slope), [3, ...], in m's dtype.
+        distance: D, [...], in m's dtype.
+        coefficients: All three, [...], in m's dtype.
         products: As in the forward; None where `out` holds them.
         scale: As in the forward.
         out: Where to write; may be the logits.
     """
-    flat_targets, maxima, means = targets.flatten(), m.flatten(), mean.flatten()
-    factors = coefficients.view(3, -1)
+    flat_targets, maxima, distances = targets.flatten(), m.flatten(), distance.flatten()
+    coefficients = coefficients.map(torch.flatten)
     size = _KEPT_BLOCK if products is None else _BLOCK
     for tokens, (block, place) in _blocks(size, logits.detach(), out):
-        found = place if products is None else products(tokens, None)
-        implementation.transport_block_backward(
+        made = place if products is None else products(tokens, None)
+        implementation.emo_stats_backward(
             block,
-            found,
+            made,
             scale,
             flat_targets[tokens],
             maxima[tokens],
-            means[tokens],
-            factors[:, tokens],
+            distances[tokens],
+            coefficients.part(tokens),
             place,
         )
-        del found
+        del made
 
 
 def _blocks(size: int, *tensors: torch.Tensor | None) -> Iterator[Block]:

@@ -1,4 +1,4 @@
-"""Transport on a CPU: every step works on a few rows that stay in cache.
+"""EMO's statistics on a CPU: every step works on a few rows that stay in cache.
 
 As `token_stats.chunked`, with scratch of a few rows for each thread in fp32 (fp64 for fp64 logits),
 instead of intermediate results as large as the block of rows that is given.
@@ -8,7 +8,14 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_mile.ops.blocks import Block, correct_rows, row_blocks, rows_in_cache, widened
+from megatron_mile.ops.blocks import (
+    Block,
+    Coefficients,
+    correct_rows,
+    row_blocks,
+    rows_in_cache,
+    widened,
+)
 from megatron_mile.ops.threads import share_out
 from megatron_mile.ops.token_stats.chunked import block_stats, target_logits, write_product
 
@@ -16,15 +23,15 @@ from megatron_mile.ops.token_stats.chunked import block_stats, target_logits, wr
 _SPREAD = 4
 
 
-def transport_block(
+def emo_stats(
     logits: torch.Tensor,
     products: torch.Tensor,
     scale: torch.Tensor,
     targets: torch.Tensor,
 ) -> torch.Tensor:
-    """Return (m, S, T, z_y, R, D), [6, n]; see `megatron_mile.ops.transport.Transport`."""
+    """Return (m, S, T, z_y, R, C), [6, n]; see `megatron_mile.ops.emo.EmoStats`."""
     stats = target_logits(logits, targets)
-    sums, exact = torch.empty_like(stats[:2]), dict[int, float]()  # exact: D of some rows
+    sums, exact = torch.empty_like(stats[:2]), dict[int, float]()  # exact: C of some rows
     size = rows_in_cache(logits)
     # Rows without a target here leave out a column of the scratch that no sum counts.
     left_out = torch.where(targets < 0, logits.size(-1), targets).unsqueeze(-1)
@@ -33,15 +40,15 @@ def transport_block(
         scratch = _scratch(logits, stats.dtype, size)
         for rows, (block, given) in blocks:
             parts = scratch[:, : len(block)]
-            distances, exps = parts[..., :-1]
+            costs, exps = parts[..., :-1]
             block_stats(block, parts[..., :-1], None, stats[:3, rows])
             parts[1].scatter_(-1, left_out[rows], 0)
-            paid = _distances(given, scale, distances).mul_(exps)
+            terms = _costs(given, scale, costs).mul_(exps)
             torch.sum(exps, -1, out=sums[0, rows])
-            torch.sum(paid, -1, out=sums[1, rows])
+            torch.sum(terms, -1, out=sums[1, rows])
             certain = [i for i, rest in enumerate(sums[0, rows].tolist()) if 1 <= rest < _SPREAD]
             if certain:
-                found = _paid(sums[:, rows][:, certain], exps[certain], paid[certain])
+                found = _cost(sums[:, rows][:, certain], exps[certain], terms[certain])
                 exact.update(zip([rows.start + i for i in certain], found, strict=True))
 
     share_out(work, row_blocks(size, logits, products))
@@ -50,27 +57,28 @@ def transport_block(
     return wide
 
 
-def transport_block_backward(
+def emo_stats_backward(
     logits: torch.Tensor,
     products: torch.Tensor,
     scale: torch.Tensor,
     targets: torch.Tensor,
     m: torch.Tensor,
-    mean: torch.Tensor,
-    coefficients: torch.Tensor,
+    distance: torch.Tensor,
+    coefficients: Coefficients,
     out: torch.Tensor,
 ) -> None:
-    """Write the gradient, [n, V]; see `megatron_mile.ops.transport.Transport`."""
+    """Write the gradient, [n, V]; see `megatron_mile.ops.emo.EmoStats`."""
     anchor, size = _anchor(m), rows_in_cache(logits)
-    flat, _, slope = coefficients.unsqueeze(-1)
+    flat, _, tilt = coefficients.map(lambda x: x.unsqueeze(-1))
+    assert tilt is not None
 
     def work(blocks: Iterator[Block]) -> None:
         scratch = _scratch(logits, m.dtype, size)
         for rows, (block, given, grad) in blocks:
             exps, factors = scratch[:, : len(block), :-1]
             # Not addcmul_, which takes three times as long as both.
-            _distances(given, scale, factors).sub_(mean[rows].unsqueeze(-1))
-            factors.mul_(slope[rows]).add_(flat[rows])
+            _costs(given, scale, factors).sub_(distance[rows].unsqueeze(-1))
+            factors.mul_(tilt[rows]).add_(flat[rows])
             torch.sub(widened(block, exps), anchor[rows], out=exps).exp_()
             write_product(exps, factors, grad, exps)
 
@@ -78,15 +86,15 @@ def transport_block_backward(
     correct_rows(out, targets, coefficients)
 
 
-def _paid(sums: torch.Tensor, exps: torch.Tensor, paid: torch.Tensor) -> list[float]:
-    """Return D of rows [n, V] whose mass may lie on one token, exact in its ratio to the rounded R.
+def _cost(sums: torch.Tensor, exps: torch.Tensor, terms: torch.Tensor) -> list[float]:
+    """Return C of rows [n, V] whose mass may lie on one token, exact in its ratio to the rounded R.
 
-    It is about that token's distance times R, and what is left of the sum is small.
+    It is about that token's cost times R, and what is left of the sum is small.
     """
     rest, total = sums
-    distance = total / rest
-    left = torch.sub(paid, exps * distance.unsqueeze(-1)).sum(-1)
-    found: list[float] = (rest.double() * distance.double() + left).tolist()
+    mean = total / rest
+    left = torch.sub(terms, exps * mean.unsqueeze(-1)).sum(-1)
+    found: list[float] = (rest.double() * mean.double() + left).tolist()
     return found
 
 
@@ -100,7 +108,7 @@ def _scratch(logits: torch.Tensor, dtype: torch.dtype, rows: int) -> torch.Tenso
     return logits.new_empty(2, min(rows, len(logits)), logits.size(-1) + 1, dtype=dtype)
 
 
-def _distances(products: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def _costs(products: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Return c in `out`, [n, V]; a cosine may be rounded beyond 1."""
     given = widened(products, out)
     return torch.addcmul(out.new_ones(1), given, scale, value=-1, out=out).clamp_(0, 2)

@@ -1,4 +1,4 @@
-"""What every implementation of the transport must do with a block of rows, whatever the device.
+"""What every implementation of EMO's statistics must do with a block of rows, whatever the device.
 
 As `token_stats_contract`: the truth is float64 and written from the definitions.
 """
@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import error
 
+from megatron_mile.ops.blocks import Coefficients
 from megatron_mile.ops.token_stats import reference
 
 # Sums of up to 32000 terms, measured 1.3e-7 at most in fp32; gradients are rounded once.
@@ -33,7 +34,7 @@ def true_block(
     return exps.masked_fill(at_target, 0), (1 - products.double() * scale.double()).clamp(0, 2)
 
 
-class TransportContract:
+class EmoContract:
     """Tests of one implementation, of the dtypes that it takes."""
 
     implementation: ModuleType
@@ -67,13 +68,13 @@ class TransportContract:
     def test_sums_match_the_definition(self, count: int, vocab: int, dtype: torch.dtype) -> None:
         block = self.block(count, vocab, dtype)
         before = block[0].clone(), block[1].clone()
-        found = self.implementation.transport_block(*block[:4])
-        exps, distances = true_block(*block)
+        found = self.implementation.emo_stats(*block[:4])
+        exps, costs = true_block(*block)
         assert found.dtype == torch.float64
         stats = reference.token_stats(block[0], block[3])
         torch.testing.assert_close(found[:4], stats.double(), rtol=2e-6, atol=2e-6, equal_nan=True)
         sums = found[4:]
-        assert error(sums, torch.stack([exps.sum(-1), (exps * distances).sum(-1)])) <= SUMS[dtype]
+        assert error(sums, torch.stack([exps.sum(-1), (exps * costs).sum(-1)])) <= SUMS[dtype]
         assert (sums >= 0).all()
         assert torch.equal(block[0], before[0])
         assert torch.equal(block[1], before[1])
@@ -81,14 +82,14 @@ class TransportContract:
     def test_rows_without_a_finite_logit_have_no_mass(self, dtype: torch.dtype) -> None:
         block = self.block(3, 127, dtype)
         block[0].fill_(-torch.inf)
-        sums = self.implementation.transport_block(*block[:4])[4:]
+        sums = self.implementation.emo_stats(*block[:4])[4:]
         assert torch.equal(sums, torch.zeros_like(sums))
 
     def test_a_product_that_is_nan_shows_in_the_sum(self, dtype: torch.dtype) -> None:
         block = self.block(3, 127, dtype)
         block[1][1, 5] = torch.nan
-        paid = self.implementation.transport_block(*block[:4])[5]
-        assert paid.isnan().tolist() == [False, True, False]
+        cost = self.implementation.emo_stats(*block[:4])[5]
+        assert cost.isnan().tolist() == [False, True, False]
 
     # Where the gradient lies: beside both, over the logits, over the products.
     @pytest.mark.parametrize("place", [None, 0, 1])
@@ -98,15 +99,15 @@ class TransportContract:
     ) -> None:
         block = self.block(count, vocab, dtype)
         logits, products, scale, targets, m = block
-        flat, peak, slope, mean = torch.randn(4, count, device=self.device, dtype=m.dtype)
-        exps, distances = true_block(logits, products, scale, torch.full_like(targets, -1), m)
-        pull = (distances - mean.double().unsqueeze(-1)) * slope.double().unsqueeze(-1)
+        flat, peak, tilt, distance = torch.randn(4, count, device=self.device, dtype=m.dtype)
+        exps, costs = true_block(logits, products, scale, torch.full_like(targets, -1), m)
+        pull = (costs - distance.double().unsqueeze(-1)) * tilt.double().unsqueeze(-1)
         expected = exps * (pull + flat.double().unsqueeze(-1))
         held = (targets >= 0).nonzero(as_tuple=True)
         expected[held[0], targets[held]] = peak[held].double()
         out = torch.full_like(logits, torch.nan) if place is None else block[place]
-        self.implementation.transport_block_backward(
-            *block, mean, torch.stack([flat, peak, slope]), out
+        self.implementation.emo_stats_backward(
+            *block, distance, Coefficients(flat, peak, tilt), out
         )
         assert error(out, expected) <= GRADIENT[dtype]
 
@@ -115,9 +116,9 @@ class TransportContract:
         logits[1:] = torch.nan
         coefficients = torch.zeros(3, 4, device=self.device, dtype=m.dtype)
         coefficients[2, 3] = 1
-        out, mean = torch.empty_like(logits), torch.ones_like(m)
-        self.implementation.transport_block_backward(
-            logits, products, scale, targets, m, mean, coefficients, out
+        out, distance = torch.empty_like(logits), torch.ones_like(m)
+        self.implementation.emo_stats_backward(
+            logits, products, scale, targets, m, distance, Coefficients(*coefficients), out
         )
         assert torch.equal(out[:3], torch.zeros_like(out[:3]))
         assert out[3, targets[3] - 1].isnan()
