@@ -127,6 +127,8 @@ class ObjectiveConfig:
         for setting in _SETTINGS:
             value = _checked(setting, getattr(self, setting.name))
             object.__setattr__(self, setting.name, value)
+        if self.definition.check is not None:
+            self.definition.check(**self.own)
         if self.entropy_slope is not None and self.definition.check_slope is not None:
             self.definition.check_slope(**self.own)
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.nodes import SPENT, NodeSettings, first_order
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.blocks import Coefficients
 from megatron_mile.ops.emo.blocked import gradient_of_all, stats_of_all
@@ -28,18 +28,6 @@ from megatron_mile.parallel.vocab import VocabShard, join_stats, start_lookup, v
 
 # Rows whose norms are taken at once on a CPU, which first converts what it is given.
 _NORM_ROWS = 512
-SPENT = (
-    "token_loss(inplace=True) has already written its gradient over the logits; use inplace=False "
-    "to run the backward twice"
-)
-
-
-class NodeSettings(NamedTuple):
-    """What a node of `token_loss`, this one or the other, needs beside tensors."""
-
-    config: ObjectiveConfig
-    shard: VocabShard
-    inplace: bool
 
 
 class CostRows:
@@ -257,7 +245,7 @@ class EmoLoss(torch.autograd.Function):
         return loss, *others
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient in the logits' dtype, over the logits' storage if in place."""
         if ctx.spent:

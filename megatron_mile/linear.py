@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import TokenLoss, check_dtypes, valid_targets, weigh_shard
+from megatron_mile.nodes import first_order
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.blocks import Coefficients
 from megatron_mile.parallel import ProcessGroup, group_size
@@ -121,7 +121,7 @@ class _LinearLoss(torch.autograd.Function):
         return loss, *others
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of hidden and weight in their dtypes."""
         hidden, weight, targets, m, coefficients = ctx.saved_tensors

@@ -13,10 +13,10 @@ for it is the logits themselves and a few numbers per token. EMO has a node of i
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.emo import SPENT, CostRows, EmoLoss, NodeSettings, TargetCosts
+from megatron_mile.emo import CostRows, EmoLoss, TargetCosts
+from megatron_mile.nodes import SPENT, NodeSettings, first_order
 from megatron_mile.objectives import NEED_COST
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.blocks import Coefficients
@@ -165,7 +165,7 @@ class _WeightedLoss(torch.autograd.Function):
         return loss, *others
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient in the logits' dtype, over the logits' storage if in place."""
         if ctx.spent:

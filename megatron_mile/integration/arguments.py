@@ -97,10 +97,11 @@ def parse(argv: Sequence[str]) -> Namespace:
         hint = f"did you mean {close[0]}?" if close else f"the flags are {', '.join(known)}"
         raise MileError(f"unknown flag {flag}; {hint}")
     config = config_from_namespace(namespace)
+    flags = {word.split("=", 1)[0] for word in given(argv)}
     if config is None:
-        _refuse_without_objective(argv)
+        _refuse_without_objective(flags)
     else:
-        _refuse_combination(config, namespace)
+        _refuse_combination(config, flags)
     return namespace
 
 
@@ -119,19 +120,21 @@ def config_from_namespace(namespace: Namespace) -> ObjectiveConfig | None:
         raise MileError(f"--mile flags: {error}") from error
 
 
-def _refuse_combination(config: ObjectiveConfig, namespace: Namespace) -> None:
-    """Stop a job whose flags for the run do not fit its objective."""
-    needs_cost = config.definition.needs_cost
-    if needs_cost and namespace.mile_fused_linear:
+def _refuse_combination(config: ObjectiveConfig, flags: set[str]) -> None:
+    """Stop a job whose flags do not fit its objective."""
+    objective = config.objective
+    if config.definition.needs_cost and FUSED_FLAG in flags:
         raise MileError(
-            f"{FUSED_FLAG} cannot be combined with --mile-objective {config.objective}, which "
-            f"reads the logits twice; train without {FUSED_FLAG}"
+            f"{FUSED_FLAG} cannot be combined with --mile-objective {objective}, which reads the "
+            f"logits twice; train without {FUSED_FLAG}"
         )
-    if not needs_cost and namespace.mile_emo_cost != OUTPUT_LAYER:
-        raise MileError(
-            f"{COST_FLAG} {namespace.mile_emo_cost} with --mile-objective {config.objective}; it "
-            f"is for {', '.join(NEED_COST)}"
-        )
+    for other in OBJECTIVES:
+        unused = sorted(flag for flag in flags if flag.startswith(_flag(other) + "-"))
+        if unused and other != objective:
+            raise MileError(
+                f"{', '.join(unused)} with --mile-objective {objective}, but only {other} has it; "
+                f"leave it out, or add --mile-objective {other}"
+            )
 
 
 def _flag(setting: str) -> str:
@@ -139,18 +142,20 @@ def _flag(setting: str) -> str:
     return "--mile-" + setting.replace("_", "-")
 
 
-def _refuse_without_objective(argv: Sequence[str]) -> None:
-    """Stop a job that sets up an objective without asking for one."""
+def _refuse_without_objective(flags: set[str]) -> None:
+    """Stop a job that sets up an objective without asking for one.
+
+    With an explicit none, settings may stay as they are beside the job that has an objective.
+    """
+    of_a_run = {MASK_FLAG, FUSED_FLAG, COST_FLAG}
     settings = {_flag(setting.name) for setting in dataclasses.fields(ObjectiveConfig)}
-    flags = {word.split("=", 1)[0] for word in given(argv)} & {
-        *(*settings, MASK_FLAG, FUSED_FLAG, COST_FLAG)
-    }
-    if flags and _flag("objective") not in flags:
+    useless = flags & (of_a_run if _flag("objective") in flags else of_a_run | settings)
+    if useless:
         default = ObjectiveConfig().objective
         others = ", ".join(name for name in OBJECTIVES if name != default)
         raise MileError(
-            f"{', '.join(sorted(flags))} without an objective; add --mile-objective {default} (or "
-            f"{others}, or {NO_OBJECTIVE} for the host's own loss)"
+            f"{', '.join(sorted(useless))} without an objective; add --mile-objective {default} "
+            f"(or {others}), or leave it out"
         )
 
 

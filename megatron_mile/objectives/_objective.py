@@ -63,6 +63,8 @@ class Objective:
     """(nll, H, settings) -> w; None where it is 1 for every token, so that alpha is 1 too."""
     weight_slope: Callable[..., torch.Tensor] | None = None
     """(nll, H, settings) -> dw/dH; None where the weight does not contain the entropy."""
+    check: Callable[..., None] | None = None
+    """(settings) -> None; raises ValueError where fp32 cannot hold a weight or many of them."""
     check_slope: Callable[..., None] | None = None
     """(settings) -> None; raises ValueError where the slope has no bound."""
     mix: Callable[..., Mix] | None = None

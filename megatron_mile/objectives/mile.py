@@ -12,6 +12,8 @@ Su et al., "MiLe Loss" (InfoEntropy Loss in version 2), arXiv 2310.19531; the au
 - its alpha is `normalize="official"`, and counts ignored tokens too.
 """
 
+import math
+
 import torch
 
 from megatron_mile.objectives._objective import GAMMA, Objective, Setting
@@ -29,6 +31,16 @@ def weight_slope(
     if gamma == 0:
         return torch.zeros_like(entropy)  # not 0 * (sigma + H)^-1, which is NaN at sigma + H = 0
     return gamma * (sigma + entropy).pow(gamma - 1)
+
+
+def check(gamma: float, sigma: float) -> None:
+    """Raise ValueError where the weight may pass 1e30, of 3e38 that fp32 can hold."""
+    largest = sigma + 20 * math.log(2)  # a uniform distribution over 2^20 tokens
+    if gamma * math.log(largest) > math.log(1e30):
+        raise ValueError(
+            f"gamma={gamma} with sigma={sigma}: a weight may reach {largest:.1f}^{gamma:g}, and "
+            f"fp32 cannot sum up what is over 1e30; use gamma <= {30 / math.log10(largest):.1f}"
+        )
 
 
 def check_slope(gamma: float, sigma: float) -> None:
@@ -56,5 +68,6 @@ OBJECTIVE = Objective(
     ),
     weight=weight,
     weight_slope=weight_slope,
+    check=check,
     check_slope=check_slope,
 )

@@ -88,6 +88,15 @@ def test_config_refuses_no_bounded_slope(fine: dict[str, Any]) -> None:
     ObjectiveConfig(**fine)
 
 
+@pytest.mark.parametrize(("gamma", "sigma"), [(100.0, 1.0), (26.0, 1.0), (25.0, 3.0), (27.0, 0.0)])
+def test_config_refuses_a_weight_that_fp32_cannot_hold(gamma: float, sigma: float) -> None:
+    # (sigma + 20 ln 2)^gamma > 1e30; the focal weight is at most 1.
+    with pytest.raises(ValueError, match=f"gamma={gamma} with sigma={sigma}: a weight may"):
+        ObjectiveConfig(gamma=gamma, sigma=sigma)
+    ObjectiveConfig(gamma=25.0)
+    ObjectiveConfig("focal", gamma=gamma)
+
+
 def test_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         ObjectiveConfig().gamma = 2.0  # type: ignore[misc]

@@ -124,7 +124,10 @@ def test_read_matrix_refuses_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
             "--mile-objective emo --mile-fused-linear",
             "cannot be combined with",
         ),
-        ("--mile-objective mile --mile-emo-cost x.npy", "x.npy with --mile-objective mile; it is"),
+        (
+            "--mile-objective mile --mile-emo-cost x.npy",
+            "cost with --mile-objective mile, but only emo has it",
+        ),
         ("--mile-emo-cost x.npy", "--mile-emo-cost without an objective"),
         ("--mile-objective emo --mile-emo-mode 3", "invalid choice: '3'"),
     ],

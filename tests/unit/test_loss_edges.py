@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.emo import CostRows
+from megatron_mile.linear import linear_token_loss
 from megatron_mile.loss import reduce_loss, token_loss
 from megatron_mile.objectives import OBJECTIVES
 
@@ -129,12 +130,19 @@ def test_token_loss_keeps_logits_and_repeats_its_backward() -> None:
     assert logits._version == version
 
 
-def test_token_loss_refuses_a_second_derivative() -> None:
-    logits, upstream = torch.randn(2, 5, requires_grad=True), torch.ones(2, requires_grad=True)
-    loss = token_loss(logits, torch.tensor([0, 1]), MILE).loss
-    (grad,) = torch.autograd.grad(loss, logits, upstream, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.sum().backward()
+@pytest.mark.parametrize("node", ["token_loss", "emo", "linear_token_loss"])
+@pytest.mark.parametrize("power", [1, 2])
+def test_every_node_refuses_a_second_derivative(node: str, power: int) -> None:
+    # With an incoming gradient that is a constant (power 1) torch itself would say nothing.
+    leaf, targets = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 1, 2])
+    if node == "linear_token_loss":
+        out = linear_token_loss(leaf, torch.randn(7, 5), targets, MILE)
+    else:
+        cost = CostRows(torch.randn(5, 4)) if node == "emo" else None
+        config = ObjectiveConfig("emo") if cost else MILE
+        out = token_loss(leaf, targets, config, cost=cost)
+    with pytest.raises(RuntimeError, match="whose gradient has no gradient"):
+        torch.autograd.grad((out.loss**power).sum(), leaf, create_graph=True)
 
 
 @pytest.mark.parametrize("layout", ["three dimensions", "transposed", "padded"])
