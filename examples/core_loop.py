@@ -113,9 +113,9 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="run on CPUs over gloo")
     args = parser.parse_args()
     if args.cpu:
-        from megatron_mile.integration import cpu
+        from megatron_mile import cpu_mode
 
-        cpu.enable()  # before the first import of megatron.core
+        cpu_mode.enable()  # before the first import of megatron.core
     dist.init_process_group("gloo" if args.cpu else "nccl")
     if not args.cpu:
         torch.cuda.set_device(dist.get_node_local_rank())

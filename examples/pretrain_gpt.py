@@ -23,7 +23,7 @@ from typing import Any
 if __name__ == "__main__":
     # A clone that is not installed is found too; CPU mode must come before any import of megatron.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from megatron_mile.integration.cpu import WITHOUT_APEX, WITHOUT_TE, missing_flags
+    from megatron_mile.cpu_mode import WITHOUT_APEX, WITHOUT_TE, missing_flags
     from megatron_mile.launch import one_line_errors, prepare_script
 
     prepare_script()
@@ -58,7 +58,7 @@ from megatron.training.argument_utils import (
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_mile.integration.errors import MileError
+from megatron_mile.errors import MileError
 from megatron_mile.integration.job import skip_helper_build
 
 BATCH = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")

@@ -29,8 +29,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the Megatron side only when one of its names is asked for."""
-    homes = {"install": "install", "uninstall": "install", "attach": "install"}
-    home = {**homes, "wrap_forward_step": "loss_func"}.get(name)
+    homes = {"install": "hook", "uninstall": "hook", "attach": "hook"}
+    home = {**homes, "wrap_forward_step": "forward"}.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"megatron_mile.integration.{home}"), name)

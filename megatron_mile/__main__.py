@@ -46,21 +46,21 @@ def _version(distribution: str) -> str:
 
 
 def _megatron() -> str:
-    from megatron_mile.integration import install, versions
-    from megatron_mile.integration.errors import MileCompatError
+    from megatron_mile.errors import MileCompatError
+    from megatron_mile.integration import host, versions
 
     if not torch.cuda.is_available():
         os.environ.setdefault(*versions.IMPORT_WITHOUT_GPU)
     try:
-        return install.host_version()
+        return host.host_version()
     except MileCompatError:
         return "not installed"  # the table below says why
 
 
 def check_host() -> list[tuple[str, str]]:
     """(symbol, OK, ABSENT or what is wrong) for each symbol of Megatron that a job needs."""
-    from megatron_mile.integration import install, versions
-    from megatron_mile.integration.errors import MileCompatError
+    from megatron_mile.errors import MileCompatError
+    from megatron_mile.integration import host, versions
 
     def state_of(check: Callable[[], object]) -> str:
         try:
@@ -74,9 +74,9 @@ def check_host() -> list[tuple[str, str]]:
     rows = []
     for symbol in (*versions.CORE, *versions.TRAINING):
         absent = symbol in versions.TRAINING and wheel_without
-        state = ABSENT if absent else state_of(functools.partial(install.resolve, symbol))
+        state = ABSENT if absent else state_of(functools.partial(host.resolve, symbol))
         rows.append((f"{symbol.module}.{symbol.name}", state))
-    return [*rows, ("models that take their loss from it", state_of(install.loss_owner))]
+    return [*rows, ("models that take their loss from it", state_of(host.loss_owner))]
 
 
 def main() -> int:

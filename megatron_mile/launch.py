@@ -32,9 +32,10 @@ def prepare(argv: list[str]) -> None:
     Raises:
         MileError: A flag does not fit, or Megatron is not as expected.
     """
-    from megatron_mile.integration import arguments, cpu
+    from megatron_mile import cpu_mode
+    from megatron_mile.integration import arguments
 
-    on_cpu = cpu.wanted(argv)
+    on_cpu = cpu_mode.wanted(argv)
     asks_help = "--help" in argv or "-h" in argv
     if not (arguments.given(argv) or on_cpu or asks_help):
         if any(word.split("=")[0] in ("--load", "--save") for word in argv):
@@ -45,12 +46,12 @@ def prepare(argv: list[str]) -> None:
     settings: Namespace = arguments.parse(argv)
     notes: list[tuple[str, str]] = []
     if on_cpu:
-        added = cpu.missing_flags(argv)
+        added = cpu_mode.missing_flags(argv)
         argv += added
-        cpu.enable()
+        cpu_mode.enable()
         reason = "--mile-cpu" if settings.mile_cpu else "--distributed-backend gloo, no GPU"
         notes = [("cpu mode", reason), ("flags added", " ".join(added) or "none")]
-        from megatron_mile.integration.hybrid_layers import use_local_layers
+        from megatron_mile.cpu_mode.hybrid_layers import use_local_layers
 
         if use_local_layers():
             notes.append(("hybrid spec", "local layers, as there is no Transformer Engine"))
@@ -73,7 +74,7 @@ def prepare_script() -> None:
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the process with one line on stderr instead of a traceback for errors of ours."""
-    from megatron_mile.integration.errors import MileError
+    from megatron_mile.errors import MileError
 
     try:
         yield

@@ -91,8 +91,8 @@ def choose_device(cpu: bool) -> torch.device:
     """
     if not cpu and torch.cuda.is_available():
         return torch.device("cuda")
-    from megatron_mile.integration.cpu import enable
-    from megatron_mile.integration.hybrid_layers import use_local_layers
+    from megatron_mile.cpu_mode import enable
+    from megatron_mile.cpu_mode.hybrid_layers import use_local_layers
 
     enable()
     use_local_layers()

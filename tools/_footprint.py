@@ -170,7 +170,7 @@ def _is_fixed(args: argparse.Namespace) -> bool:
 
 def _table(args: argparse.Namespace) -> int:
     """Bytes of the table of all products; 0 if there is none."""
-    from megatron_mile.integration.cost import TABLE_BYTES
+    from megatron_mile.integration.emo_rows import TABLE_BYTES
 
     shard = args.padded_vocab_size // args.tensor_model_parallel_size
     table = args.padded_vocab_size * shard * args.params_dtype.itemsize
@@ -183,8 +183,8 @@ def _cost_width(args: argparse.Namespace) -> int:
 
 @functools.cache
 def _matrix_width(path: str) -> int:
+    from megatron_mile.errors import MileError
     from megatron_mile.integration.cost_files import read_matrix
-    from megatron_mile.integration.errors import MileError
 
     try:
         return read_matrix(path).size(1)

@@ -68,14 +68,15 @@ def parse(flags: Sequence[str], ranks: int) -> argparse.Namespace:
     Raises:
         ToolError: Megatron refuses them; the message is Megatron's.
     """
-    from megatron_mile.integration import arguments, cpu
+    from megatron_mile import cpu_mode
+    from megatron_mile.integration import arguments
 
-    cpu.enable()
+    cpu_mode.enable()
     megatron = megatron_module("megatron.training.arguments")
     pad = megatron_module("megatron.training.vocab_utils").calculate_padded_vocab_size
     said = io.StringIO()
     try:
-        with _command_line([*flags, *cpu.missing_flags(flags)], ranks, said):
+        with _command_line([*flags, *cpu_mode.missing_flags(flags)], ranks, said):
             args = megatron.parse_args(arguments.add_arguments)
             megatron.validate_args(args)
             _check(args)

@@ -8,8 +8,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from megatron_mile.config import ObjectiveConfig, defining_settings
-from megatron_mile.integration.errors import MileError
+from megatron_mile.config import ObjectiveConfig
+from megatron_mile.errors import MileError
 from megatron_mile.linear import CHUNK_TOKENS
 from megatron_mile.objectives import NEED_COST, OBJECTIVES
 
@@ -167,40 +167,6 @@ def objective_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     }
     values["objective"] = stored.get("mile_objective", NO_OBJECTIVE)
     return values
-
-
-def _resumed_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Read what must not change on resume."""
-    settings = objective_settings(stored)
-    is_ours = settings["objective"] != NO_OBJECTIVE  # the host itself always counts the padding
-    mask = is_ours and stored.get("mile_mask_padded_vocab", False)
-    cost = stored.get("mile_emo_cost_digest") or OUTPUT_LAYER
-    return {**settings, "mask_padded_vocab": mask, "emo_cost": cost}
-
-
-def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Name the settings in which a checkpoint's objective differs from this job's."""
-    before, now = _resumed_settings(stored), _resumed_settings(current)
-    objective = before["objective"]
-    if _is_plain(objective) and _is_plain(now["objective"]):
-        names = []
-    elif objective != now["objective"]:
-        return [f"objective {objective} -> {now['objective']}"]
-    else:
-        cost = ["emo_cost"] if objective in NEED_COST else []
-        names = [*defining_settings(objective), *cost]
-    return [
-        f"{name} {before[name]} -> {now[name]}"
-        for name in (*names, "mask_padded_vocab")
-        if before[name] != now[name]
-    ]
-
-
-def _is_plain(objective: str) -> bool:
-    """Whether this is cross-entropy, by the host or by us."""
-    return objective == NO_OBJECTIVE or (
-        objective in OBJECTIVES and OBJECTIVES[objective].is_cross_entropy
-    )
 
 
 class _OneLineParser(argparse.ArgumentParser):

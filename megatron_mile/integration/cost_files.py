@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_mile.integration.errors import MileError
+from megatron_mile.errors import MileError
 
 # Endings of the names that output layers, then word embeddings have.
 _NAMES: tuple[str, ...] = ("lm_head.weight", "embed_out.weight", "output_layer.weight")

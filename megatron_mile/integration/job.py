@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -17,24 +16,25 @@ from typing import Any
 import torch
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.errors import MileError
 from megatron_mile.integration import arguments, versions
 from megatron_mile.integration.arguments import Namespace
-from megatron_mile.integration.cost import check_matrix, fixed_rows
+from megatron_mile.integration.checkpoints import with_resume_check
 from megatron_mile.integration.cost_files import digest, read_matrix
-from megatron_mile.integration.errors import MileError
-from megatron_mile.integration.install import attach, install, resolve
-from megatron_mile.integration.loss_func import wrap_forward_step
-from megatron_mile.integration.models import METHOD, unwrap
-from megatron_mile.integration.record import with_record
+from megatron_mile.integration.emo_rows import check_matrix, fixed_rows
+from megatron_mile.integration.forward import wrap_forward_step
+from megatron_mile.integration.hook import attach, install
+from megatron_mile.integration.host import METHOD, replace, resolve
+from megatron_mile.integration.models import unwrap
 from megatron_mile.integration.refusals import (
     refuse_models,
     refuse_replaced_loss,
     refuse_settings,
 )
-from megatron_mile.integration.run_data import changed_data
 from megatron_mile.integration.telemetry import alpha_scope, describe, start_block
 from megatron_mile.linear import CHUNK_TOKENS
 from megatron_mile.ops import dispatch
+from megatron_mile.run_record.record import with_record
 
 
 def hook_job(settings: Namespace, notes: Sequence[tuple[str, str]]) -> None:
@@ -64,7 +64,7 @@ def hook_job(settings: Namespace, notes: Sequence[tuple[str, str]]) -> None:
 def watch_run() -> None:
     """Record what a run is, and compare a checkpoint's objective and data with it on resume."""
     replace(versions.SETUP, with_record)
-    replace(versions.CHECK_CHECKPOINT, _with_resume_check)
+    replace(versions.CHECK_CHECKPOINT, with_resume_check)
 
 
 def skip_helper_build() -> None:
@@ -80,19 +80,6 @@ def skip_helper_build() -> None:
 
         resolve(versions.COMPILE_HELPERS)
         utils.compile_helpers = lambda: None
-
-
-def replace(symbol: versions.Symbol, wrapper: Callable[[Any], Any]) -> None:
-    """Wrap a function of Megatron wherever `megatron.training` has bound it."""
-    host = resolve(symbol)
-    if getattr(host, "__megatron_mile_job__", False):
-        return
-    wrapped: Any = functools.wraps(host)(wrapper(host))
-    wrapped.__megatron_mile_job__ = True
-    for module in (symbol.module, "megatron.training", "megatron.training.training"):
-        module_object = importlib.import_module(module)
-        if getattr(module_object, symbol.name, None) is host:
-            setattr(module_object, symbol.name, wrapped)
 
 
 def _with_arguments(host: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,35 +191,3 @@ def _cost_lines(args: Namespace, config: ObjectiveConfig) -> list[tuple[str, str
     if args.mile_emo_cost == arguments.OUTPUT_LAYER:
         return [("cost rows", "the output layer's, as they are in each step")]
     return [("cost rows", f"{args.mile_emo_cost}, sha256 {args.mile_emo_cost_digest[:12]}")]
-
-
-def _note_other_alpha(stored: dict[str, Any], current: dict[str, Any]) -> None:
-    """Say that a resume forms alpha over other tokens: that weights sequences differently."""
-    from megatron.training import print_rank_0
-
-    config = arguments.config_from_namespace(Namespace(**current))
-    if config is None:
-        return
-    before, now = (alpha_scope(args, config.alpha_mode) for args in (stored, current))
-    if before != now:
-        print_rank_0(f"> megatron_mile: alpha was {before}; it is now {now}")
-
-
-def _with_resume_check(host: Callable[..., Any]) -> Callable[..., Any]:
-    def check_checkpoint_args(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args
-
-        stored, current = vars(checkpoint_args), vars(get_args())
-        for changes, what, same in (
-            (arguments.changed_settings(stored, current), "another objective", "--mile flags"),
-            (changed_data(stored, current), "other data or tokenizer", "ones"),
-        ):
-            if changes and not current.get("mile_allow_change", False):
-                raise MileError(
-                    f"the checkpoint was trained with {what}: {'; '.join(changes)}; "
-                    f"resume with the same {same}, or add --mile-allow-change"
-                )
-        _note_other_alpha(stored, current)
-        return host(checkpoint_args, *args, **kwargs)
-
-    return check_checkpoint_args

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.errors import MileError
 from megatron_mile.integration import versions
-from megatron_mile.integration.errors import MileError
 from megatron_mile.parallel import ProcessGroup
-
-METHOD = "compute_language_model_loss"
 
 
 def unwrap(model: Any) -> Any:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.errors import MileError
 from megatron_mile.integration import versions
 from megatron_mile.integration.arguments import Namespace
-from megatron_mile.integration.errors import MileError
-from megatron_mile.integration.models import METHOD, installed_config, tp_group, unwrap
+from megatron_mile.integration.host import METHOD
+from megatron_mile.integration.models import installed_config, tp_group, unwrap
 
 # Settings of Megatron under which the model's loss is not what is trained, with the reason.
 _MODELOPT = "ModelOpt replaces model and loss"

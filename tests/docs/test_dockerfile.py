@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import megatron_mile
-from megatron_mile.integration.record import noted_commit
+from megatron_mile.run_record.record import noted_commit
 
 ROOT = Path(__file__).resolve().parents[2]
 # With the lines joined that end in a backslash, as docker reads them.

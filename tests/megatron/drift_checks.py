@@ -23,9 +23,9 @@ from megatron.core.models.gpt import gpt_model
 from packaging.version import Version
 
 from megatron_mile import install
+from megatron_mile.errors import MileCompatError
 from megatron_mile.integration import versions
-from megatron_mile.integration.errors import MileCompatError
-from megatron_mile.integration.install import METHOD, installed_config, resolve
+from megatron_mile.integration.hook import METHOD, installed_config, resolve
 from megatron_mile.integration.models import data_group, tp_group
 
 RELEASE = Version(megatron.core.__version__).release[:2]

@@ -31,8 +31,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from megatron_mile import ObjectiveConfig, attach, install, uninstall, wrap_forward_step
-from megatron_mile.integration.errors import MileCompatError, MileError
-from megatron_mile.integration.install import METHOD, installed_config
+from megatron_mile.errors import MileCompatError, MileError
+from megatron_mile.integration.hook import METHOD, installed_config
 
 # Measured: 2.4e-7 of the loss, 1.1e-6 of the gradients; another order of summation.
 SAME = 5e-6

@@ -26,10 +26,11 @@ from megatron.core.models.gpt import GPTModel
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from megatron_mile import ObjectiveConfig, attach, install, uninstall, wrap_forward_step
+from megatron_mile.errors import MileCompatError, MileError
 from megatron_mile.integration import refusals
-from megatron_mile.integration.errors import MileCompatError, MileError
-from megatron_mile.integration.loss_func import TrainedLoss
-from megatron_mile.integration.models import METHOD, installed_config
+from megatron_mile.integration.forward import TrainedLoss
+from megatron_mile.integration.host import METHOD
+from megatron_mile.integration.models import installed_config
 from megatron_mile.loss import TokenLoss
 
 # Spelled out, so that one that goes missing is missed.

@@ -28,8 +28,8 @@ from hook_model import (
 from megatron.core.models.gpt import GPTModel
 
 from megatron_mile import ObjectiveConfig, attach, install, token_loss, wrap_forward_step
-from megatron_mile.integration.errors import MileError
-from megatron_mile.integration.install import METHOD
+from megatron_mile.errors import MileError
+from megatron_mile.integration.hook import METHOD
 
 
 def check_evaluation_returns_the_hosts_bits() -> None:

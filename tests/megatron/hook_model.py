@@ -28,8 +28,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
 from megatron_mile import ObjectiveConfig, uninstall
-from megatron_mile.integration.hybrid_layers import use_local_layers
-from megatron_mile.integration.install import METHOD
+from megatron_mile.cpu_mode.hybrid_layers import use_local_layers
+from megatron_mile.integration.hook import METHOD
 
 MILE = ObjectiveConfig("mile", gamma=2.0)
 HOST = LanguageModule.__dict__[METHOD]

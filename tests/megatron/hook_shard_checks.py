@@ -26,8 +26,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megatron_mile import CostRows, ObjectiveConfig, attach, install, uninstall, wrap_forward_step
-from megatron_mile.integration.cost import RowsAhead, check_matrix, fixed_rows, output_rows
-from megatron_mile.integration.errors import MileError
+from megatron_mile.errors import MileError
+from megatron_mile.integration.emo_rows import RowsAhead, check_matrix, fixed_rows, output_rows
 
 # Measured on every version of megatron-core, the same digits: 9.6e-7, in the embedding's gradient.
 SAME = 2e-6
@@ -172,6 +172,8 @@ def check_attached_emo_fetches_rows_ahead_of_the_logits() -> None:
         forward(model, labels)
         ahead.take(model, labels.clone())
         assert events[4:] == ["rows", "logits", "rows"]
+        ahead.stop(model)
+        attach(model, emo)
         attach(model, MILE)  # another objective: no row is fetched any more
         forward(model, labels)
         assert events[7:] == ["logits"]

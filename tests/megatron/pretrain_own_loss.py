@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_mile.integration.cpu import WITHOUT_APEX, WITHOUT_TE, missing_flags
+from megatron_mile.cpu_mode import WITHOUT_APEX, WITHOUT_TE, missing_flags
 from megatron_mile.launch import one_line_errors, prepare_script
 
 with one_line_errors():

@@ -38,9 +38,9 @@ def main() -> None:
     tests = Path(__file__).resolve().parents[1]
     sys.path.insert(0, str(tests.parent))
     sys.path.append(str(tests))  # for the helpers that all tests share
-    from megatron_mile.integration import cpu
+    from megatron_mile import cpu_mode
 
-    cpu.enable()
+    cpu_mode.enable()
     for name in PRELOADED:
         with contextlib.suppress(ModuleNotFoundError):  # wheels before 0.17 lack megatron.training
             importlib.import_module(name)

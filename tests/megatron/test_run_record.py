@@ -16,10 +16,10 @@ import pytest
 import torch
 from training_runs import EXAMPLE, HERE, MILE, STOP, TP2, Run, TrainingRuns, mile_errors
 
-from megatron_mile.integration.data_files import check_pairs
-from megatron_mile.integration.errors import MileError
-from megatron_mile.integration.record import git_state
-from megatron_mile.integration.run_data import changed_data, fingerprint, tokenizer_of
+from megatron_mile.errors import MileError
+from megatron_mile.run_record.data import changed_data, fingerprint, tokenizer_of
+from megatron_mile.run_record.data_files import check_pairs
+from megatron_mile.run_record.record import git_state
 
 
 def starts(run: Run) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ BAD_FLAGS = {
 }
 TRY_FLAGS = """
 import json, sys
-from megatron_mile.integration.errors import MileError
+from megatron_mile.errors import MileError
 from megatron_mile.launch import prepare
 for words in json.loads(sys.argv[1]):
     try:
@@ -73,10 +73,10 @@ NOTHING_PATCHED = """
 import json, sys
 import megatron.training.training
 from megatron.core.models.gpt import GPTModel
-from megatron_mile.integration import cpu
+from megatron_mile import cpu_mode
 method = GPTModel.compute_language_model_loss
 try:
-    cpu.enable()
+    cpu_mode.enable()
     enabled = "enabled"
 except RuntimeError as error:
     enabled = str(error)
@@ -151,7 +151,7 @@ def test_launcher_patches_nothing_without_a_flag(tmp_path: Path) -> None:
 RUN_IS_WATCHED = """
 import json, sys
 from argparse import Namespace
-from megatron_mile.integration.errors import MileError
+from megatron_mile.errors import MileError
 from megatron_mile.launch import prepare
 prepare([sys.argv[1], "somewhere"])
 from megatron.core.models.gpt import GPTModel
@@ -182,7 +182,7 @@ def test_prepare_watches_a_resume_and_records_the_run_without_a_flag(
     assert setup.endswith("record.py")
 
 
-# For a process of the forker, which has called cpu.enable().
+# For a process of the forker, which has called cpu_mode.enable().
 CPU_MODE = """
 import torch
 x = torch.zeros(2, device="cuda")

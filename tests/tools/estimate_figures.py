@@ -73,8 +73,8 @@ def cost_rows(folder: Path) -> dict[str, dict[str, float]]:
     layer's weight, which is not counted, in two dtypes.
     """
     from megatron_mile.emo import CostRows
-    from megatron_mile.integration.cost import fixed_rows
     from megatron_mile.integration.cost_files import read_matrix
+    from megatron_mile.integration.emo_rows import fixed_rows
 
     found = {}
     for words in (32000, 1000):

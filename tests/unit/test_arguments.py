@@ -2,7 +2,8 @@
 
 import argparse
 
-from megatron_mile.integration.arguments import add_arguments, changed_settings
+from megatron_mile.integration.arguments import add_arguments
+from megatron_mile.integration.checkpoints import changed_settings
 
 # A flag that goes or changes its default breaks jobs: say so in CHANGELOG.md.
 FLAGS = {

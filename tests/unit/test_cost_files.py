@@ -11,9 +11,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
-from megatron_mile.integration.arguments import changed_settings, parse
+from megatron_mile.errors import MileError
+from megatron_mile.integration.arguments import parse
+from megatron_mile.integration.checkpoints import changed_settings
 from megatron_mile.integration.cost_files import digest, read_matrix
-from megatron_mile.integration.errors import MileError
 
 MATRIX = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
 OTHER = torch.zeros(50, 4)

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import megatron_mile
+from megatron_mile.errors import MileError
 from megatron_mile.integration.arguments import Namespace
-from megatron_mile.integration.errors import MileError
-from megatron_mile.integration.run_data import data_of
+from megatron_mile.run_record.data import data_of
 
 RECORD = "run_record.json"
 _PACKAGES = ("torch", "triton", "transformer-engine", "numpy")

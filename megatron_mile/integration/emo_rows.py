@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import weakref
 from typing import Any
 
 import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.emo import CostRows, TargetCosts
+from megatron_mile.errors import MileError
 from megatron_mile.integration.arguments import COST_FLAG
-from megatron_mile.integration.errors import MileError
 from megatron_mile.integration.models import tp_group, unwrap
 from megatron_mile.objectives import NEED_COST
 
 # A table of all products takes the place of product and exchange up to this size on each rank.
 TABLE_BYTES = 1 << 28
-_ahead: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def output_rows(model: Any) -> CostRows:
@@ -108,13 +106,16 @@ class RowsAhead:
 
     def __init__(self, model: Any, cost: CostRows | None) -> None:
         """Watch an unwrapped model; `cost` is its fixed matrix, None its output layer."""
-        stop_fetching(model)
         self.cost = cost
         self.position = [*inspect.signature(model.forward).parameters].index("labels")
         self.labels: torch.Tensor | None = None
         self.version = 0
         self.fetched: TargetCosts | None = None
-        _ahead[model] = model.register_forward_pre_hook(self._start, with_kwargs=True)
+        self.handle = model.register_forward_pre_hook(self._start, with_kwargs=True)
+
+    def stop(self, model: Any) -> None:
+        """Watch the model no longer."""
+        self.handle.remove()
 
     def _start(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.labels = kwargs.get("labels", (*args, *[None] * self.position)[self.position])
@@ -139,10 +140,3 @@ class RowsAhead:
         if fetched is None or labels is not self.labels or labels._version != self.version:
             return self._fetch(model, labels)
         return fetched
-
-
-def stop_fetching(model: Any = None) -> None:
-    """Undo `RowsAhead` of one model, or of all."""
-    for watched in [model] if model is not None else list(_ahead):
-        if watched in _ahead:
-            _ahead.pop(watched).remove()

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_mile.integration.arguments import Namespace
-from megatron_mile.integration.data_files import check_pairs
+from megatron_mile.run_record.data_files import check_pairs
 
 BLOCK, BLOCKS = 1 << 20, 64
 _TOKENIZER_FLAGS = ("tokenizer_model", "vocab_file", "merge_file")

@@ -6,7 +6,7 @@ import json
 import os
 import struct
 
-from megatron_mile.integration.errors import MileError
+from megatron_mile.errors import MileError
 
 # Head of .idx: magic, version, code of the token type, sequences, documents + 1. Behind it come
 # the length of each sequence, i32, and then the offset of each in the .bin, i64.

@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import types
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +14,16 @@ import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.emo import CostRows
+from megatron_mile.errors import MileError
 from megatron_mile.integration import models, versions
-from megatron_mile.integration.cost import RowsAhead, check_objective, output_rows, stop_fetching
-from megatron_mile.integration.errors import MileCompatError, MileError
-from megatron_mile.integration.loss_func import Window, current_window, differentiated
+from megatron_mile.integration.emo_rows import RowsAhead, check_objective, output_rows
+from megatron_mile.integration.forward import Window, current_window, differentiated
+from megatron_mile.integration.fused import (
+    DeferredLogits,
+    fuse_output_layer,
+)
+from megatron_mile.integration.host import METHOD, loss_owner, resolve
 from megatron_mile.integration.models import (
-    METHOD,
     check_shard,
     check_vocab_size,
     installed_config,
@@ -30,15 +31,11 @@ from megatron_mile.integration.models import (
     tp_group,
     unwrap,
 )
-from megatron_mile.integration.output_layer import (
-    DeferredLogits,
-    fuse_output_layer,
-    restore_output_layers,
-)
 from megatron_mile.loss import TokenLoss, token_loss
 from megatron_mile.ops import dispatch
 
-_attached: weakref.WeakSet[Any] = weakref.WeakSet()
+# What takes back what `attach` did to a model; a callback gets the model, so that it holds none.
+_undo: weakref.WeakKeyDictionary[Any, list[Callable[[Any], None]]] = weakref.WeakKeyDictionary()
 
 
 def install(config: ObjectiveConfig) -> None:
@@ -61,11 +58,13 @@ def uninstall() -> None:
     """Undo `install` and every `attach`; nothing happens where nothing is patched."""
     owner = loss_owner()
     setattr(owner, METHOD, _host(owner))
-    for module in list(_attached):
-        module.__dict__.pop(METHOD, None)
-        _attached.discard(module)
-    restore_output_layers()
-    stop_fetching()
+    for module in list(_undo):
+        _detach(module)
+
+
+def _detach(module: Any) -> None:
+    for undo in _undo.pop(module, []):
+        undo(module)
 
 
 def attach(
@@ -97,15 +96,18 @@ def attach(
         module = unwrap(chunk)
         _refuse_own_loss(module)
         check_vocab_size(module, vocab_size)
-        stop_fetching(module)
-        if getattr(module, "post_process", True):
-            restore_output_layers(module)
-            if fused_linear:
-                fuse_output_layer(module, resolve(versions.OUTPUT_LAYER))
-        rows = RowsAhead(module, cost).take if config.definition.needs_cost else None
+        _detach(module)
+        undo = _undo.setdefault(module, [])
+        if fused_linear and getattr(module, "post_process", True):
+            undo.append(fuse_output_layer(module, resolve(versions.OUTPUT_LAYER)))
+        rows = None
+        if config.definition.needs_cost:
+            ahead = RowsAhead(module, cost)
+            rows = ahead.take
+            undo.append(ahead.stop)
         hook = _make_hook(_host(type(module)), config, vocab_size, rows)
         module.__dict__[METHOD] = types.MethodType(hook, module)
-        _attached.add(module)
+        undo.append(lambda model: model.__dict__.pop(METHOD, None))
 
 
 def _refuse_own_loss(module: Any) -> None:
@@ -133,93 +135,6 @@ def _host(owner: type) -> Callable[..., Any]:
     """The class's method without our hook."""
     method = getattr(owner, METHOD)
     return method.__wrapped__ if installed_config(method) is not None else method
-
-
-def loss_owner() -> type:
-    """The class that owns the loss method, once version and signatures have been checked.
-
-    Raises:
-        MileCompatError: Megatron is missing, or differs from what versions.py expects.
-    """
-    release = _release()
-    for symbol in versions.CORE:
-        resolve(symbol)
-    owner = getattr(importlib.import_module(versions.LOSS_METHOD.module), "LanguageModule")  # noqa: B009
-    for module_name, class_name, since in versions.MODELS:
-        if release < since:
-            continue
-        model = getattr(_import(module_name), class_name, None)
-        if model is None or METHOD in model.__dict__:
-            raise _drift(f"{module_name}.{class_name} without a {METHOD} of its own", model)
-    return owner
-
-
-def resolve(symbol: versions.Symbol) -> Callable[..., Any]:
-    """Find a function of Megatron and check its parameters.
-
-    Raises:
-        MileCompatError: It is missing, or its parameters are not those expected.
-    """
-    found: Any = _import(symbol.module)
-    for part in symbol.name.split("."):
-        found = getattr(found, part, None)
-    expected = f"{symbol.module}.{symbol.name}({', '.join(symbol.parameters)})"
-    if not callable(found):
-        raise _drift(expected, found)
-    parameters = tuple(inspect.signature(found).parameters)
-    fits = (
-        parameters == symbol.parameters if symbol.exact else set(symbol.parameters) <= {*parameters}
-    )
-    if not fits:
-        raise _drift(expected, f"parameters ({', '.join(parameters)})")
-    return found
-
-
-def _import(name: str) -> types.ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if missing.startswith(("megatron.core.", "megatron.training.")):
-            raise _drift(f"a module {name}", str(error)) from error
-        raise MileCompatError(
-            f"cannot import {name}: {error}; install Megatron with "
-            "`pip install '.[train]'` in a clone of megatron_mile, or run where Megatron-LM is"
-            " (wheels of megatron-core before 0.17 have no megatron.training)"
-        ) from error
-
-
-def host_version() -> str:
-    """Version and folder of what is imported: a checkout may lie in front of a wheel."""
-    core: Any = _import("megatron.core")
-    # The suffix is the commit of whatever repository the folder lies in.
-    return f"{core.__version__.split('+')[0]} in {core.__path__[0]}"
-
-
-def _drift(expected: str, found: Any) -> MileCompatError:
-    import megatron.core
-
-    return MileCompatError(
-        f"megatron.core {megatron.core.__version__} ({megatron.core.__file__}): expected "
-        f"{expected}, found {found}; tested with {', '.join(versions.TESTED)}: install one of "
-        "these, or report the version"
-    )
-
-
-def _release() -> tuple[int, ...]:
-    """(major, minor) of the installed Megatron, with a warning where it is outside the window."""
-    from packaging.version import Version
-
-    found = _import("megatron.core").__version__
-    release = Version(found).release[:2]
-    first, last = versions.WINDOW
-    if not first <= release <= last:
-        warnings.warn(
-            f"megatron_mile was tested with megatron-core {', '.join(versions.TESTED)}, not "
-            f"{found}; signatures are checked, numbers are not",
-            stacklevel=4,
-        )
-    return release
 
 
 def _make_hook(

@@ -8,21 +8,18 @@ one. Evaluation and inference run the layer's own forward.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.errors import MileError
 from megatron_mile.integration.arguments import FUSED_FLAG as FLAG
-from megatron_mile.integration.errors import MileError
-from megatron_mile.integration.loss_func import current_window, differentiated
+from megatron_mile.integration.forward import current_window, differentiated
 from megatron_mile.linear import linear_token_loss
 from megatron_mile.loss import TokenLoss
 from megatron_mile.parallel import ProcessGroup
-
-_fused: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class DeferredLogits:
@@ -65,12 +62,15 @@ class DeferredLogits:
         )
 
 
-def fuse_output_layer(model: Any, host: Callable[..., Any]) -> None:
+def fuse_output_layer(model: Any, host: Callable[..., Any]) -> Callable[[Any], None]:
     """Swap the output layer of a language model.
 
     Args:
         model: Unwrapped, on the last pipeline stage, its output layer as Megatron built it.
         host: `ColumnParallelLinear.forward`, checked.
+
+    Returns:
+        What undoes it, given the model.
 
     Raises:
         MileError: Something lies between projection and loss, or the layer is of another kind.
@@ -79,15 +79,12 @@ def fuse_output_layer(model: Any, host: Callable[..., Any]) -> None:
     if reason:
         raise MileError(f"{FLAG} cannot be combined with {reason}; train without {FLAG}")
     model.output_layer.forward = functools.partial(_forward, host, model.output_layer)
-    _fused.add(model.output_layer)
+    return _restore
 
 
-def restore_output_layers(model: Any = None) -> None:
-    """Undo `fuse_output_layer` of one model, or of all."""
-    for layer in list(_fused):
-        if model is None or layer is getattr(model, "output_layer", None):
-            del layer.forward
-            _fused.discard(layer)
+def _restore(model: Any) -> None:
+    """Undo `fuse_output_layer`."""
+    del model.output_layer.forward
 
 
 def _forward(

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_mile.config import ObjectiveConfig
+from megatron_mile.errors import MileError
 from megatron_mile.integration import versions
-from megatron_mile.integration.errors import MileError
-from megatron_mile.integration.models import METHOD, data_group, installed_config, unwrap
+from megatron_mile.integration.host import METHOD
+from megatron_mile.integration.models import data_group, installed_config, unwrap
 from megatron_mile.integration.telemetry import report_with_objective
 from megatron_mile.loss import TokenLoss
 from megatron_mile.parallel import ProcessGroup

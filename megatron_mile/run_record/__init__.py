@@ -1,0 +1,1 @@
+"""What a run was: command, versions, commits, data and tokenizer, beside its checkpoints."""
