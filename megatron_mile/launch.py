@@ -97,8 +97,10 @@ def main(argv: Sequence[str]) -> None:
         print(f"megatron_mile: error: no script at {script}", file=sys.stderr)
         raise SystemExit(2)
     sys.argv = list(argv)
-    # As `python script` does: its folder is where its imports start.
-    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    # As `python script` does: imports start in the folder of the file that a link leads to, and in
+    # none under -P or PYTHONSAFEPATH, where `python -m` has put no folder in front either.
+    if not getattr(sys.flags, "safe_path", False):  # from Python 3.11
+        sys.path[0] = os.path.dirname(os.path.realpath(script))
     with one_line_errors():
         prepare_script()
         runpy.run_path(script, run_name="__main__")

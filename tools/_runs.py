@@ -164,7 +164,8 @@ def _tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
 
 def _data_name(pair: Mapping[str, Any]) -> str:
     """A file's name, and the end of its hash, which tells it from another of that name."""
-    return f"{Path(pair['prefix']).name} {pair.get('bin', '')[-8:]}".strip()
+    content = pair.get("bin") or pair.get("file", "")
+    return f"{Path(pair['prefix']).name} {content[-8:]}".strip()
 
 
 def differences(records: Mapping[str, Mapping[str, str]]) -> list[list[str]]:

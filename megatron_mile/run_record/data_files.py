@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -18,32 +19,43 @@ def check_pairs(prefixes: list[str]) -> None:
     """Refuse what training would only notice late, or never.
 
     Args:
-        prefixes: paths of the pairs without suffix.
+        prefixes: paths without suffix; those that are no pair of .bin and .idx, or cannot be read,
+            are passed over.
 
     Raises:
-        OSError: A file cannot be read.
         MileError: A .bin is shorter than its .idx says, or pairs have different tokenizers.
     """
     first: dict[str, str] = {}
     for prefix in prefixes:
-        held, said = os.path.getsize(f"{prefix}.bin"), _tokens_end(f"{prefix}.idx")
-        if said is not None and held < said:
-            raise MileError(
-                f"{prefix}.bin: {held} bytes, but its .idx describes {said}; preprocess it again"
-            )
-        try:
-            with open(f"{prefix}.info", encoding="utf-8") as file:
-                first.setdefault(json.load(file)["tokenizer"], f"{prefix}.info")
-        except FileNotFoundError:  # made by Megatron's own tool
-            continue
-        except (ValueError, KeyError, TypeError) as error:
-            raise MileError(f"{prefix}.info: damaged ({error!r}); preprocess it again") from error
+        with contextlib.suppress(OSError):
+            _check_length(prefix)
+            tokenizer = _tokenizer(f"{prefix}.info")
+            if tokenizer:
+                first.setdefault(tokenizer, f"{prefix}.info")
         if len(first) > 1:
             one, other = first.values()
             raise MileError(
                 f"{other}: made with another tokenizer than {one}; preprocess one of them again, "
                 "or, if you know that both give the same ids, remove one .info"
             )
+
+
+def _check_length(prefix: str) -> None:
+    """Raise for a .bin that ends before its .idx does; OSError where one of them is not there."""
+    held, said = os.path.getsize(f"{prefix}.bin"), _tokens_end(f"{prefix}.idx")
+    if said is not None and held < said:
+        raise MileError(
+            f"{prefix}.bin: {held} bytes, but its .idx describes {said}; preprocess it again"
+        )
+
+
+def _tokenizer(path: str) -> str | None:
+    """The tokenizer that a pair was made with; None where no .info of ours says so."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return str(json.load(file)["tokenizer"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def _tokens_end(path: str) -> int | None:
@@ -65,6 +77,6 @@ def _tokens_end(path: str) -> int | None:
             (length,) = struct.unpack("<i", file.read(4))
             file.seek(_INDEX.size + 4 * sequences + 8 * (sequences - 1))
             (start,) = struct.unpack("<q", file.read(8))
-        except struct.error as error:
+        except (struct.error, ValueError, OverflowError) as error:
             raise MileError(f"{path}: cut short; preprocess the data again") from error
     return start + length * _TOKEN_BYTES[kind] if kind in _TOKEN_BYTES else None

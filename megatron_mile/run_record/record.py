@@ -6,6 +6,7 @@ come from checkouts, and data and tokenizer (`run_data`), which are stored in th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ from megatron_mile.integration.arguments import Namespace
 from megatron_mile.run_record.data import data_of
 
 RECORD = "run_record.json"
+_DATA_READ, _POLL_S = "megatron_mile/data_read", 0.2
 _PACKAGES = ("torch", "triton", "transformer-engine", "numpy")
 
 
@@ -37,10 +39,12 @@ def with_record(host: Callable[..., Any]) -> Callable[..., Any]:
     def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args
 
-        get_args().mile_data = data_on_all_ranks(get_args())
+        job = get_args()
+        if not hasattr(job, "mile_data"):  # a script may build more than one model
+            job.mile_data = data_on_all_ranks(job)
         built = host(*args, **kwargs)
-        if get_args().save and torch.distributed.get_rank() == 0:
-            write_record(get_args())
+        if job.save and torch.distributed.get_rank() == 0:
+            write_record(job)
         return built
 
     return setup_model_and_optimizer
@@ -49,17 +53,25 @@ def with_record(host: Callable[..., Any]) -> Callable[..., Any]:
 def data_on_all_ranks(args: Namespace) -> Any:
     """Let rank 0 look at the data, and return what it found, on all ranks.
 
+    Once in a process group. To read thousands of files may take longer than a collective may wait:
+    the other ranks enter one only when rank 0 has left word in the group's store. Rank 0 alone
+    reads, because the others need not see the files; and before the training rather than beside
+    it, so that changed data is refused before anything is computed, logged or saved.
+
     Raises:
-        MileError: A file cannot be read, or `check_pairs` refuses the data.
+        MileError: `check_pairs` refuses the data.
     """
     found: list[Any] = [None, None]
+    store: Any = torch.distributed.distributed_c10d._get_default_store()
     if torch.distributed.get_rank() == 0:
         try:
             found[0] = data_of(args)
-        except OSError as error:
-            found[1] = f"{error.filename}: {error.strerror}; check --data-path or the tokenizer"
         except MileError as error:
             found[1] = str(error)
+        finally:
+            store.set(_DATA_READ, b"")
+    while not store.check([_DATA_READ]):  # not `wait`, which no signal would interrupt
+        time.sleep(_POLL_S)
     torch.distributed.broadcast_object_list(found, src=0)
     if found[1]:
         raise MileError(found[1])
@@ -69,22 +81,48 @@ def data_on_all_ranks(args: Namespace) -> Any:
 def write_record(args: Namespace) -> None:
     """Add this start to the run's record, which is whole or as it was.
 
+    Nothing is written where --save names object storage.
+
     Raises:
-        MileError: The record that is there is damaged.
+        MileError: The record that is there is damaged, or it cannot be written.
     """
+    if "://" in args.save:
+        return
     path = os.path.join(args.save, RECORD)
-    starts = []
-    if os.path.isfile(path):
-        try:
-            with open(path, encoding="utf-8") as file:
-                starts = json.load(file)["starts"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise MileError(f"{path}: not a run's record ({error!r}); move it away") from error
-    os.makedirs(args.save, exist_ok=True)
     partial = f"{path}.partial.{os.getpid()}"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump({"starts": [*starts, describe_start(args)]}, file, indent=2)
-    os.replace(partial, path)
+    try:
+        starts = _earlier_starts(path)
+        os.makedirs(args.save, exist_ok=True)
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump({"starts": [*starts, describe_start(args)]}, file, indent=2)
+        os.replace(partial, path)
+    except OSError as error:
+        raise MileError(f"{path}: {error.strerror}; --save needs a folder to write to") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+
+
+def _earlier_starts(path: str) -> list[Any]:
+    """The starts in a record; none where there is no record.
+
+    Raises:
+        MileError: It is no record.
+        OSError: It cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            starts = json.load(file)["starts"]
+        if isinstance(starts, list):
+            return starts
+        problem = f"starts is {starts!r:.40}"
+    except FileNotFoundError:
+        return []
+    except IsADirectoryError:
+        problem = "a folder"
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        problem = repr(error)
+    raise MileError(f"{path}: not a run's record ({problem}); move it away")
 
 
 def describe_start(args: Namespace) -> dict[str, Any]:

@@ -36,8 +36,12 @@ class DrawnText(torch.utils.data.Dataset):
         return {"tokens": text[:-1], "labels": text[1:], "loss_mask": counts.float()}
 
 
-def datasets(samples: list[int], vp_stage: int | None = None) -> list[DrawnText]:
-    return [DrawnText(count) for count in samples]
+def datasets(samples: list[int], vp_stage: int | None = None) -> list[Any]:
+    """The sets to train, validate and test; with --dataloader-type external, their batches."""
+    args, drawn = get_args(), [DrawnText(count) for count in samples]
+    if args.dataloader_type != "external":
+        return drawn
+    return [iter(torch.utils.data.DataLoader(text, args.micro_batch_size)) for text in drawn]
 
 
 datasets.is_distributed = True

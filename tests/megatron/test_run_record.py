@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_runs import EXAMPLE, HERE, MILE, STOP, TP2, Run, TrainingRuns, mile_errors
+from training_runs import EXAMPLE, HERE, MILE, STOP, TP1, TP2, Run, TrainingRuns, mile_errors
 
 from megatron_mile.errors import MileError
 from megatron_mile.run_record.data import changed_data, fingerprint, tokenizer_of
 from megatron_mile.run_record.data_files import check_pairs
-from megatron_mile.run_record.record import git_state
+from megatron_mile.run_record.record import git_state, write_record
 
 
 def starts(run: Run) -> list[dict[str, Any]]:
@@ -69,6 +69,71 @@ def test_resume_adds_a_start_and_refuses_other_data(runs: TrainingRuns, tmp_path
     runs.train(2, TP2, MILE, f"--load {half.checkpoint} --mile-allow-change")
 
 
+@pytest.mark.slow
+def test_record_takes_what_a_script_reads_in_its_own_way(
+    runs: TrainingRuns, tmp_path: Path
+) -> None:
+    """A dataset provider and data loaders of its own; a pair, a file, a folder and nothing."""
+    pair = runs.train(1, script=HERE / "write_documents.py").folder
+    text, folder = tmp_path / "text.jsonl", tmp_path / "shards"
+    text.write_text("one")
+    folder.mkdir()
+    names = [str(pair), str(text), str(folder), str(tmp_path / "absent")]
+    data = "--data-path " + " ".join(f"{weight} {name}" for weight, name in enumerate(names))
+    flags = (MILE.replace("--mock-data", data), "--dataloader-type external --train-iters 2")
+    script = HERE / "launch_tiny.py"
+    run = runs.train(1, TP1, *flags, save=True, script=script)
+    (blend,) = starts(run)[0]["data"]["blends"]
+    assert [entry["prefix"] for entry in blend] == names
+    assert [set(entry) - {"prefix", "weight"} for entry in blend] == [
+        {"bin", "idx"}, {"file"}, set(), set()
+    ]  # fmt: skip
+    assert blend[1]["file"] == f"3:{hashlib.sha256(b'one').hexdigest()}"
+    text.write_text("two")
+    other = runs.run(1, TP1, *flags, f"--load {run.checkpoint}", script=script)
+    assert other.code != 0
+    (error,) = mile_errors(other.logs[0])
+    assert "trained with other data or tokenizer: " in error
+    assert not other.scalars
+
+
+@pytest.mark.slow
+def test_no_rank_waits_for_the_data_in_a_collective(runs: TrainingRuns) -> None:
+    runs.train(2, script=HERE / "slow_storage.py")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "7", "[" * 10**5, '{"starts": 5}', '{"starts": {"a": 1}}', "{}", None],
+)
+def test_a_record_of_another_shape_ends_in_one_line(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "run_record.json"
+    path.mkdir() if content is None else path.write_text(content)
+    with pytest.raises(MileError, match=rf"^{path}: not a run's record \(.+\); move it away$"):
+        write_record(argparse.Namespace(save=str(tmp_path)))
+    assert os.listdir(tmp_path) == ["run_record.json"]
+    assert content is None or path.read_text() == content
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_save_that_cannot_be_written_ends_in_one_line(tmp_path: Path, place: str) -> None:
+    """Not by permissions, which the superuser of a container would not notice."""
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        MileError, match=r"/run_record.json: .+; --save needs a folder to write to$"
+    ):
+        write_record(argparse.Namespace(save=str(tmp_path / place)))
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_save_in_object_storage_leaves_no_record_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_record(argparse.Namespace(save="msc://bucket/run"))
+    assert not os.listdir(tmp_path)
+
+
 def test_short_bin_cut_idx_and_mixed_tokenizers_are_named(tmp_path: Path) -> None:
     # Here, because this file is collected where a Megatron is broken on purpose, too.
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -86,14 +151,19 @@ def test_short_bin_cut_idx_and_mixed_tokenizers_are_named(tmp_path: Path) -> Non
     two.write_text('{"tokenizer": "y"}')
     with pytest.raises(MileError, match=f"^{two}: made with another tokenizer than {one}.*remove"):
         check_pairs(pairs)
-    one.unlink()
+    one.write_text("of another tool")
     check_pairs(pairs)
+    one.unlink()
+    check_pairs([*pairs, str(tmp_path / "absent"), str(tmp_path)])
     os.truncate(f"{pairs[0]}.bin", 15)
     with pytest.raises(MileError, match=f"^{pairs[0]}.bin: 15 bytes, but its .idx describes 16"):
         check_pairs(pairs[:1])
-    os.truncate(f"{pairs[1]}.idx", 40)
-    with pytest.raises(MileError, match=f"^{pairs[1]}.idx: cut short"):
-        check_pairs(pairs[1:])
+    index = Path(f"{pairs[1]}.idx")
+    whole = index.read_bytes()
+    for damaged in (whole[:40], whole[:18] + b"\xff" * 16 + whole[34:]):
+        index.write_bytes(damaged)
+        with pytest.raises(MileError, match=f"^{index}: cut short"):
+            check_pairs(pairs[1:])
 
 
 def test_fingerprint_is_of_the_whole_file_or_of_64_blocks(tmp_path: Path) -> None:
@@ -142,6 +212,51 @@ def test_changed_data_knows_object_storage_by_name() -> None:
     )
     assert changed_data(one, one) == []
     assert changed_data(one, two) == ["s3://a -> s3://b"]
+
+
+def test_changed_data_compares_names_where_content_is_not_known() -> None:
+    named = {"prefix": "a", "weight": None}
+    read, pair = {**named, "file": "1:x"}, {**named, "bin": "1:x", "idx": "1:x"}
+
+    def changes(*blends: list[dict[str, Any]]) -> list[str]:
+        one, other = ({"mile_data": {"split": None, "blends": [blend]}} for blend in blends)
+        return changed_data(one, other)
+
+    assert changes([named], [read]) == changes([read], [named]) == []
+    assert changes([named], [{**read, "prefix": "b"}]) == ["a -> b"]
+    changed = ["a: content, weights or --split changed"]
+    assert changes([read], [{**read, "file": "1:y"}]) == changes([read], [pair]) == changed
+    assert changes([read], [read, read]) == ["a -> a, a"]
+    assert changes([read], []) == ["a -> mock data"]
+
+
+ODD_FLAGS = """
+import argparse, json, os, sys
+from megatron_mile.run_record.data import data_of
+folder = sys.argv[1]
+os.mkfifo(os.path.join(folder, "pipe"))
+names = ("data_path", "data_args_path", "train_data_path", "valid_data_path", "test_data_path")
+given = dict.fromkeys((*names, "per_split_data_args_path"))
+for flags in (
+    {},
+    {**given, "data_args_path": os.path.join(folder, "absent")},
+    {**given, "data_path": ["b", "c", "1", "a"]},
+    {**given, "data_path": [os.path.join(folder, "pipe")]},
+    {**given, "valid_data_path": [folder]},
+):
+    print(json.dumps(data_of(argparse.Namespace(**flags))["blends"]))
+"""
+
+
+def test_data_of_takes_flags_of_any_meaning(runs: TrainingRuns, tmp_path: Path) -> None:
+    script, folder = tmp_path / "script.py", tmp_path / "data"
+    script.write_text(ODD_FLAGS)
+    folder.mkdir()
+    done = runs.call(script, folder)
+    assert done.returncode == 0, done.stdout
+    unread = [[{"prefix": name, "weight": None}] for name in (f"{folder}/pipe", str(folder))]
+    blends = [json.loads(line) for line in done.stdout.splitlines()[-5:]]
+    assert blends == [[], [], [], *([entry] for entry in unread)]
 
 
 def data_with(kind: str, name: object) -> dict[str, Any]:

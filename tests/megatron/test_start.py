@@ -148,6 +148,19 @@ def test_launcher_patches_nothing_without_a_flag(tmp_path: Path) -> None:
     assert "before megatron.core is imported" in found["enabled"]
 
 
+@pytest.mark.parametrize("options", [(), ("-P",)], ids=["plain", "safe-path"])
+def test_launcher_finds_imports_as_python_does(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Through a symlink, too: the folder in front is that of the file that it leads to."""
+    for folder in ("real", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "real" / "script.py").write_text("import sys; print(sys.argv[0], sys.path)")
+    link = tmp_path / "elsewhere" / "link.py"
+    link.symlink_to(tmp_path / "real" / "script.py")
+    ours = python(*options, "-m", "megatron_mile.launch", link)
+    assert ours.stdout == python(*options, link).stdout
+    assert (f"{tmp_path}/real'" in ours.stdout) is (not options)
+
+
 RUN_IS_WATCHED = """
 import json, sys
 from argparse import Namespace

@@ -76,7 +76,7 @@ class TrainingRuns:
             stdout=subprocess.PIPE,
             stderr=(folder / "forker.log").open("w"),
             text=True,
-            env=environment(),
+            env={**environment(), "HF_DATASETS_CACHE": str(folder / "datasets")},
         )
 
     def close(self) -> None:
