@@ -252,6 +252,7 @@ OTHER_MODELS = {
     "heads of 7 are odd": {"head_dim": 7},
     "attention_dropout is 1.5; expected a number from 0": {"attention_dropout": 1.5},
     "attention_bias is True; expected False": {"attention_bias": True},
+    "attention_bias is 0; expected False": {"attention_bias": 0},
     "mlp_bias is True": {"mlp_bias": True},
     "hidden_act is 'gelu'; expected 'silu'": {"hidden_act": "gelu"},
     "sliding_window is 16; expected null": {"sliding_window": 16},
@@ -375,9 +376,16 @@ VALUES = st.one_of(
     st.floats(),
     st.text(max_size=5),
 )
-ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor")
-ROPES = st.dictionaries(
-    st.sampled_from(ROPE_KEYS), st.one_of(st.sampled_from(["default", 1.0, 1e4, 5e5]), VALUES)
+BASES = st.sampled_from([1e4, 10000, 5e5])
+ROPES = st.fixed_dictionaries(
+    {},
+    optional={
+        "rope_type": st.sampled_from(["default", "default", "default", "llama3", None]),
+        "type": st.sampled_from(["default", "default", "default", "linear"]),
+        "rope_theta": st.one_of(BASES, BASES, VALUES),
+        "partial_rotary_factor": st.sampled_from([1.0, 1, None, 0.5]),
+        "factor": VALUES,
+    },
 )
 
 
@@ -386,13 +394,15 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     """A good configuration with up to four keys gone, changed or added."""
     config = dict(draw(st.sampled_from([*PUBLISHED.values()])))
     for _ in range(draw(st.integers(0, 4))):
-        name = draw(st.sampled_from([*HONOURED, *_KNOWN, "rope_parameters", "unknown", ""]))
+        ropes = ("rope_parameters", "rope_scaling", "rope_theta")
+        name = draw(st.sampled_from([*HONOURED, *ropes * 4, *_KNOWN, "unknown", ""]))
         if draw(st.booleans()) and name in config:
             del config[name]
         elif name in UNUSUAL:
             config[name] = UNUSUAL[name]  # other values transformers need not read either
         else:
-            config[name] = draw(ROPES if name.startswith("rope_") else VALUES)
+            values = {"rope_theta": BASES | VALUES, ropes[0]: ROPES | VALUES, ropes[1]: ROPES}
+            config[name] = draw(values.get(name, VALUES))
     return config
 
 
