@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from _llama import (
     progress,
     weights,
 )
-from _llama_config import choose_dtype, from_megatron, is_hybrid
+from _llama_config import choose_dtype, from_megatron, is_hybrid, whole
 from _run_tokenizer import HUGGING_FACE_TYPE, build_from, own_source
 from _sentencepiece_model import write_for_transformers
 from _torch_dist import Checkpoint
@@ -96,7 +97,7 @@ def _put_tokenizer(source: Path, trained: argparse.Namespace, folder: Path) -> A
     if source.is_dir():
         copy_tokenizer(source, folder)
         return read_tokenizer(source)
-    if trained.tokenizer_type == HUGGING_FACE_TYPE:
+    if getattr(trained, "tokenizer_type", None) == HUGGING_FACE_TYPE:
         raise ToolError(
             f"{source}: a SentencePiece model, but --tokenizer-type HuggingFaceTokenizer was "
             "trained with; put a tokenizer_config.json beside it, for LLaMA's "
@@ -119,8 +120,10 @@ def _check_tokens(known: int, rows: int, source: Path | None, trained: argparse.
                 f"{source}: {known} tokens, but the model was trained with {tokens}; {remedy}"
             )
         return
-    multiple = getattr(trained, "make_vocab_size_divisible_by", 1)
-    multiple *= getattr(trained, "tensor_model_parallel_size", 1)
+    multiple = math.prod(
+        whole(f"in the training arguments, {name}", getattr(trained, name, 1))
+        for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
+    )
     if rows - known >= multiple:
         raise ToolError(
             f"{source}: {known} tokens, but the model has {rows} rows, and padding to a multiple of"

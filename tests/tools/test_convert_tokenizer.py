@@ -144,3 +144,12 @@ def test_a_vocabulary_of_nothing_is_refused(
     for size in (0, -600):
         flags = ("--load", llama_checkpoint, "--output", tmp_path / "hf", "--vocab-size", size)
         assert f"a vocabulary of {size} does not fit" in refusal(failure, *flags)
+
+
+def test_a_multiple_that_is_no_number_is_refused(
+    llama_checkpoint: Path, smaller: Path, tmp_path: Path, failure: Callable[..., str]
+) -> None:
+    changes = {"tokenizer_model": None, "vocab_size": None, "make_vocab_size_divisible_by": "8"}
+    there = with_args(llama_checkpoint, tmp_path / "megatron", **changes)
+    flags = ("--load", there, "--output", tmp_path / "hf", "--tokenizer-model", smaller)
+    assert "make_vocab_size_divisible_by is '8'; expected a whole" in refusal(failure, *flags)
