@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PADDING = "megatron_padding.safetensors"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SHARD_BYTES = 5 * 10**9
+# RoPE's frequencies, in folders of LLaMA 1 and 2; transformers makes them anew.
+_NOT_READ = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
@@ -43,7 +46,8 @@ class Tensors:
             for name in file.keys():  # noqa: SIM118  (not a dict)
                 if name in self._files:
                     raise ToolError(f"{path}: {name} is in another file too")
-                self._files[name] = file
+                if not _NOT_READ.fullmatch(name):
+                    self._files[name] = file
         self.sizes = {n: tuple(f.get_slice(n).get_shape()) for n, f in self._files.items()}
         """Size by name."""
         kinds = {f.get_slice(n).get_dtype() for n, f in self._files.items()}
@@ -63,14 +67,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         ToolError: it is missing, or not a JSON object.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return _read_object(folder / CONFIG)
     except FileNotFoundError:
         raise ToolError(f"no Hugging Face model in {folder}: {CONFIG} is missing") from None
-    except ValueError as error:
-        raise ToolError(f"{folder / CONFIG}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ToolError(f"{folder / CONFIG}: expected an object")
-    return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ToolError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ToolError(f"{path}: expected an object")
+    return content
 
 
 def open_weights(folder: Path) -> Tensors:
@@ -82,12 +91,13 @@ def open_weights(folder: Path) -> Tensors:
     if (folder / WHOLE).is_file():
         return Tensors([folder / WHOLE])
     try:
-        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        places = _read_object(folder / INDEX).get("weight_map")
     except FileNotFoundError:
         raise ToolError(f"{folder}: neither {WHOLE} nor {INDEX}; convert to safetensors") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ToolError(f"{folder / INDEX}: not an index ({error!r})") from error
-    return Tensors(folder / name for name in sorted(set(places.values())))
+    files = places.values() if isinstance(places, dict) else [None]
+    if not all(isinstance(name, str) and name == Path(name).name for name in files):
+        raise ToolError(f"{folder / INDEX}: expected weight_map with names of files beside it")
+    return Tensors(folder / name for name in sorted(set(files)))
 
 
 def open_padding(folder: Path) -> Tensors:

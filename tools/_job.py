@@ -26,6 +26,30 @@ _SIZES = Path(__file__).resolve().parents[1] / "examples" / "sizes"
 SIZES = tuple(sorted(path.stem for path in _SIZES.glob("*.sh")))
 # What the scripts check although no estimate needs it; with data there is no vocabulary size.
 _IGNORED_VARIABLES = ("DATA_PATH", "MEGATRON_LM_DIR", "NNODES")
+# Sizes and counts that an estimate is made of, and the largest: up to there Megatron builds its
+# model in seconds, and every figure is finite.
+_LARGEST = {
+    **dict.fromkeys(("num_layers", "recompute_num_layers", "tensor_model_parallel_size"), 1024),
+    **dict.fromkeys(
+        (
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+        ),
+        10**6,
+    ),
+    **dict.fromkeys(
+        (
+            *("vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by", "seq_length"),
+            *("max_position_embeddings", "micro_batch_size", "global_batch_size", "train_iters"),
+            *("train_samples", "pipeline_model_parallel_size", "context_parallel_size"),
+            "expert_model_parallel_size",
+        ),
+        10**12,
+    ),
+}
 # Every rank of the other kinds of parallelism holds the same parameters, or a part of them.
 _TENSOR_PARALLEL_ONLY = {
     "pipeline_model_parallel_size": 1,
@@ -76,17 +100,15 @@ def parse(flags: Sequence[str], ranks: int) -> argparse.Namespace:
     pad = megatron_module("megatron.training.vocab_utils").calculate_padded_vocab_size
     said = io.StringIO()
     try:
-        with _command_line([*flags, *cpu_mode.missing_flags(flags)], ranks, said):
+        with _command_line([*flags, *cpu_mode.missing_flags(flags)], ranks, said), refusals(ranks):
             args = megatron.parse_args(arguments.add_arguments)
+            _check_sizes(args)
             megatron.validate_args(args)
+            _check_sizes(args)  # some are set there
             _check(args)
     except SystemExit:
-        message = said.getvalue().splitlines()[-1].partition("error: ")[2]
+        message = said.getvalue().partition("error: ")[2].strip()
         raise ToolError(f"flags: {message}; see examples/pretrain_gpt.py --help") from None
-    except (AssertionError, ValueError) as error:
-        # Some of Megatron's assertions have no message.
-        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-        raise ToolError(f"Megatron refuses these flags on {ranks} GPUs: {reason}") from error
     if args.padded_vocab_size is None:
         args.padded_vocab_size = pad(
             args.vocab_size,
@@ -95,6 +117,19 @@ def parse(flags: Sequence[str], ranks: int) -> argparse.Namespace:
             False,
         )
     return args
+
+
+@contextlib.contextmanager
+def refusals(ranks: int) -> Iterator[None]:
+    """Turn what Megatron raises about flags into a `ToolError`; it has errors of every kind."""
+    try:
+        yield
+    except ToolError:
+        raise
+    except Exception as error:
+        # Some of Megatron's assertions have no message.
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ToolError(f"Megatron refuses these flags on {ranks} GPUs: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -112,6 +147,18 @@ def _command_line(flags: list[str], ranks: int, output: io.StringIO) -> Iterator
         os.environ.update(environment)
 
 
+def _check_sizes(args: argparse.Namespace) -> None:
+    """Refuse sizes of nothing, which Megatron takes or fails at, and such as no job has.
+
+    Raises:
+        ToolError: the flag is named.
+    """
+    for name, largest in _LARGEST.items():
+        if (value := getattr(args, name, None)) is not None and not 1 <= value <= largest:
+            flag = "--" + name.replace("_", "-")
+            raise ToolError(f"{flag} {value}: expected a whole number from 1 to {largest}")
+
+
 def _check(args: argparse.Namespace) -> None:
     """Refuse what Megatron finds out after parsing, and what has no estimate.
 
@@ -122,6 +169,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("only dense GPT models can be estimated")
     if args.vocab_size is None and args.padded_vocab_size is None:
         raise ValueError("--vocab-size is missing")
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    if args.num_attention_heads % groups:
+        raise ValueError(
+            f"{args.num_attention_heads} attention heads are no multiple of {groups} query groups"
+        )
     if args.num_attention_heads % args.tensor_model_parallel_size:
         raise ValueError(
             f"{args.num_attention_heads} attention heads are no multiple of tensor parallel size "

@@ -28,6 +28,7 @@ _WITH_OBJECT = (
     *("mlp.linear_fc1", "mlp.linear_fc2"),
 )
 _MOST_NAMES = 5
+_STACKED = r"decoder\.layers\.[a-z]"
 
 
 class Llama(NamedTuple):
@@ -201,6 +202,28 @@ def extra_states(model: Llama, form: Form) -> list[str]:
                 place = f"decoder.layers.{_index(path, layer, form)}.{path}{EXTRA_STATE}shard_0_1"
             names.append(place)
     return names
+
+
+def check_layers(where: object, found: Mapping[str, tuple[int, ...]], model: Llama) -> None:
+    """Refuse more layers than there are tensors for, before anything is listed for each.
+
+    Args:
+        where: the file or folder.
+        found: size by name, Megatron's or Hugging Face's; one of Megatron's may be for all layers.
+        model: with the number of layers to check.
+
+    Raises:
+        ToolError: tensors are missing.
+    """
+    names = (re.match(r"\w+\.layers\.(\d+)\.", name) for name in found)
+    numbered = len({match[1] for match in names if match})
+    # Megatron's own, of all layers: decoder.layers.mlp...
+    stacked = (size[0] for name, size in found.items() if re.match(_STACKED, name) and size)
+    most = max(numbered, *stacked, 0)
+    if model.layers > most:
+        raise ToolError(
+            f"{where}: missing tensors: of {model.layers} layers, at most {most} have weights"
+        )
 
 
 def check_names(

@@ -1,11 +1,12 @@
-"""A LLaMA model's settings: Megatron's arguments, and Hugging Face's config.json."""
+"""A LLaMA model's settings, and how Megatron's arguments say them."""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+import reprlib
+from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from _cli import ToolError
@@ -13,7 +14,10 @@ from _llama import Form, Llama
 from _megatron import megatron_module
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ARCHITECTURE = "LlamaForCausalLM"
+# Of sizes: of a tensor's, and of what is made from them.
+LARGEST = 2**31 - 1
+# Of other numbers: what models have, and what Megatron and transformers compute with.
+ROPE_BASES, EPSILONS, DROPOUTS = (1.0, 1e18), (1e-30, 0.1), (0.0, 0.99)
 # What Hugging Face's LLaMA computes, in Megatron's arguments; one that is absent is like this.
 _MEGATRON = {
     "swiglu": True,
@@ -43,15 +47,66 @@ _MEGATRON = {
     "use_mup": False,
     "heterogeneous_layers_config_encoded_json": None,
 }
-# The same in config.json, with Hugging Face's defaults for what is absent.
-_HUGGING_FACE = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_scaling": None,
-    "pretraining_tp": 1,
-}
+
+
+class Settings(NamedTuple):
+    """All that a conversion keeps of a model beside its weights."""
+
+    model: Llama
+    """With the vocabulary without padding, where that is known."""
+    length: int
+    """Most positions of a sequence."""
+    rope_base: float
+    epsilon: float
+    """Of the norms."""
+    attention_dropout: float
+
+
+def whole(name: str, value: object) -> int:
+    """Check a size that was read from a file.
+
+    Raises:
+        ToolError: it is no whole number from 1 to `LARGEST`.
+    """
+    if type(value) is int and 1 <= value <= LARGEST:
+        return value
+    raise ToolError(f"{name} is {shown(value)}; expected a whole number from 1 to {LARGEST}")
+
+
+def number(name: str, value: object, least: float, most: float) -> float:
+    """Check a number that was read from a file.
+
+    Raises:
+        ToolError: it is no number from `least` to `most`.
+    """
+    if type(value) in (int, float) and least <= value <= most:  # type: ignore[operator]
+        return float(value)  # type: ignore[arg-type]
+    raise ToolError(f"{name} is {shown(value)}; expected a number from {least:g} to {most:g}")
+
+
+def shown(value: object) -> str:
+    """Write a value in a line, however long it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
+
+
+def checked(settings: Settings) -> Settings:
+    """Check that sizes fit each other as both sides need it.
+
+    Raises:
+        ToolError: they do not.
+    """
+    model = settings.model
+    if model.heads % model.groups:
+        reason = f"{model.heads} attention heads are no multiple of {model.groups} key-value heads"
+    elif model.hidden % model.heads:  # transformers 5 loads no such model
+        reason = f"a hidden size of {model.hidden} is no multiple of {model.heads} attention heads"
+    elif model.head_dim % 2:
+        reason = f"heads of {model.head_dim} are odd; RoPE turns pairs"
+    else:
+        return settings
+    raise ToolError(f"the model's sizes do not fit: {reason}")
 
 
 def choose_dtype(asked: str | None, found: Collection[object]) -> torch.dtype:
@@ -68,29 +123,52 @@ def choose_dtype(asked: str | None, found: Collection[object]) -> torch.dtype:
     return dtype
 
 
-def from_megatron(args: argparse.Namespace) -> Llama:
-    """Read the sizes of a model that Megatron trained.
+def from_megatron(args: argparse.Namespace) -> Settings:
+    """Read the settings of a model that Megatron trained; nothing else reads them from `args`.
 
     Args:
         args: of the training run, from its checkpoint.
 
+    Returns:
+        The settings; the vocabulary with its padding.
+
     Raises:
-        ToolError: Hugging Face's LLaMA computes something else; the argument is named.
+        ToolError: Hugging Face's LLaMA computes something else, or an argument is no number that
+            it can be; the argument is named.
     """
     for name, needed in _MEGATRON.items():
         if (value := getattr(args, name, needed)) != needed:
-            raise ToolError(f"the model is not LLaMA's: {name} is {value!r}; expected {needed!r}")
-    heads = args.num_attention_heads
-    return Llama(
-        layers=_pairs(args.hybrid_layer_pattern) if is_hybrid(args) else args.num_layers,
-        hidden=args.hidden_size,
-        ffn=args.ffn_hidden_size,
-        heads=heads,
-        groups=args.num_query_groups if args.group_query_attention else heads,
-        head_dim=args.kv_channels,
-        vocab=args.padded_vocab_size,
-        tied=not args.untie_embeddings_and_output_weights,
+            raise ToolError(
+                f"the model is not LLaMA's: {name} is {shown(value)}; expected {needed!r}"
+            )
+
+    def size(name: str) -> int:
+        return whole(f"in the training arguments, {name}", getattr(args, name, None))
+
+    grouped = getattr(args, "group_query_attention", False)
+    model = Llama(
+        layers=_pairs(args.hybrid_layer_pattern) if is_hybrid(args) else size("num_layers"),
+        hidden=size("hidden_size"),
+        ffn=size("ffn_hidden_size"),
+        heads=size("num_attention_heads"),
+        groups=size("num_query_groups" if grouped else "num_attention_heads"),
+        head_dim=size("kv_channels"),
+        vocab=size("padded_vocab_size"),
+        tied=not getattr(args, "untie_embeddings_and_output_weights", False),
     )
+    return checked(Settings(model, size("max_position_embeddings"), *_numbers(args)))
+
+
+def _numbers(args: argparse.Namespace) -> tuple[float, float, float]:
+    """Read what is no size: RoPE's base, the norms' epsilon, the attention's dropout."""
+    # Older Megatron says norm_epsilon.
+    epsilon = "layernorm_epsilon" if hasattr(args, "layernorm_epsilon") else "norm_epsilon"
+    ranges = {"rotary_base": ROPE_BASES, epsilon: EPSILONS, "attention_dropout": DROPOUTS}
+    base, epsilon_, dropout = (
+        number(f"in the training arguments, {name}", getattr(args, name, None), *range_)
+        for name, range_ in ranges.items()
+    )
+    return base, epsilon_, dropout
 
 
 def is_hybrid(args: argparse.Namespace) -> bool:
@@ -100,106 +178,26 @@ def is_hybrid(args: argparse.Namespace) -> bool:
 
 def _pairs(pattern: str) -> int:
     """Count the LLaMA layers of a hybrid pattern; "|" stands between pipeline stages."""
-    if not re.fullmatch(r"(\*-)+", layers := pattern.replace("|", "")):
+    if not re.fullmatch(r"(\*-)+", layers := str(pattern).replace("|", "")):
         raise ToolError(
-            f'the model is not LLaMA\'s: its layers are {pattern!r}; expected "*-*-..."'
+            f'the model is not LLaMA\'s: its layers are {shown(pattern)}; expected "*-*-..."'
         )
     return len(layers) // 2
 
 
-def config_of(
-    model: Llama, args: argparse.Namespace, dtype: torch.dtype, tokens: Mapping[str, int | None]
-) -> dict[str, Any]:
-    """Make config.json.
-
-    Args:
-        model: with the vocabulary that the folder will have.
-        args: of the training run.
-        dtype: of the weights.
-        tokens: "bos_token_id" and "eos_token_id".
-    """
-    base = float(args.rotary_base)
-    return {
-        **_HUGGING_FACE,
-        "architectures": [ARCHITECTURE],
-        "num_hidden_layers": model.layers,
-        "hidden_size": model.hidden,
-        "intermediate_size": model.ffn,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.groups,
-        "head_dim": model.head_dim,
-        "vocab_size": model.vocab,
-        "tie_word_embeddings": model.tied,
-        "max_position_embeddings": args.max_position_embeddings,
-        "rms_norm_eps": _epsilon(args),
-        # transformers 5 reads the second, older ones the first.
-        "rope_theta": base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": base},
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "attention_dropout": 0.0,
-        "use_cache": True,
-        **tokens,
-    }
-
-
-def _epsilon(args: argparse.Namespace) -> float:
-    """The norm's epsilon, which older Megatron calls norm_epsilon."""
-    names = ("layernorm_epsilon", "norm_epsilon")
-    return float(next(getattr(args, name) for name in names if hasattr(args, name)))
-
-
-def from_hugging_face(config: Mapping[str, Any]) -> Llama:
-    """Read the sizes of a Hugging Face model.
-
-    Args:
-        config: of config.json.
-
-    Raises:
-        ToolError: it is not a LLaMA model, or has what Megatron's does not; the key is named.
-    """
-    for name, needed in _HUGGING_FACE.items():
-        if (value := config.get(name, needed)) != needed:
-            raise ToolError(f"config.json: {name} is {value!r}; expected {needed!r}")
-    kind = _rope(config).get("rope_type", "default")
-    if kind != "default":
-        raise ToolError(f"config.json: rope_type is {kind!r}; expected 'default'")
-    try:
-        heads = config["num_attention_heads"]
-        return Llama(
-            layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            ffn=config["intermediate_size"],
-            heads=heads,
-            groups=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            vocab=config["vocab_size"],
-            tied=config.get("tie_word_embeddings", False),
-        )
-    except KeyError as error:
-        raise ToolError(f"config.json: {error.args[0]} is missing") from None
-
-
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    rope: Mapping[str, Any] = config.get("rope_parameters") or {}
-    return rope
-
-
-def args_of(
-    model: Llama, form: Form, config: Mapping[str, Any], dtype: torch.dtype
-) -> argparse.Namespace:
+def args_of(settings: Settings, form: Form, rows: int, dtype: torch.dtype) -> argparse.Namespace:
     """Make the arguments that a Megatron checkpoint holds, for `--use-checkpoint-args` and others.
 
     Args:
-        model: with the vocabulary that the checkpoint will have, padding included.
+        settings: of the model.
         form: of the weights.
-        config: of config.json.
+        rows: of the vocabulary, padding included.
         dtype: of the weights.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False)
     megatron_module("megatron.training.arguments").add_megatron_arguments(parser)
     args = parser.parse_args([])
-    length = config.get("max_position_embeddings", 2048)
-    base = _rope(config).get("rope_theta", config.get("rope_theta", 10000.0))
+    model, base = settings.model, settings.rope_base
     vars(args).update(
         {name: needed for name, needed in _MEGATRON.items() if hasattr(args, name)},
         num_layers=2 * model.layers if form.hybrid else model.layers,
@@ -210,14 +208,14 @@ def args_of(
         group_query_attention=model.groups != model.heads,
         num_query_groups=model.groups,
         kv_channels=model.head_dim,
-        padded_vocab_size=model.vocab,
-        vocab_size=config["vocab_size"],
+        padded_vocab_size=rows,
+        vocab_size=model.vocab,
         untie_embeddings_and_output_weights=not model.tied,
-        max_position_embeddings=length,
-        seq_length=length,
+        max_position_embeddings=settings.length,
+        seq_length=settings.length,
         rotary_base=int(base) if base == int(base) else base,  # an integer in Megatron's parser
-        layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
-        attention_dropout=0.0,
+        layernorm_epsilon=settings.epsilon,
+        attention_dropout=settings.attention_dropout,
         hidden_dropout=0.0,
         add_position_embedding=True,
         params_dtype=dtype,

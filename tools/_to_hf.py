@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from _checkpoint import checkpoint_folder
 from _cli import ToolError, new_folder
+from _hf_config import config_of
 from _hf_folder import (
     CONFIG,
     GENERATION,
@@ -21,9 +24,19 @@ from _hf_folder import (
     save,
     write_json,
 )
-from _llama import EMBEDDING, TABLES, Weight, check_names, form_of, is_optimizer, progress, weights
-from _llama_config import choose_dtype, config_of, from_megatron, is_hybrid
-from _megatron import SENTENCEPIECE_TYPES, add_tokenizer_flags, build_tokenizer
+from _llama import (
+    EMBEDDING,
+    TABLES,
+    Weight,
+    check_layers,
+    check_names,
+    form_of,
+    is_optimizer,
+    progress,
+    weights,
+)
+from _llama_config import choose_dtype, from_megatron, is_hybrid, whole
+from _run_tokenizer import HUGGING_FACE_TYPE, build_from, own_source
 from _sentencepiece_model import write_for_transformers
 from _torch_dist import Checkpoint
 
@@ -46,20 +59,23 @@ def to_hf(args: argparse.Namespace) -> str:
     if (trained := checkpoint.common().get("args")) is None:
         raise ToolError(f"{checkpoint.folder}: holds no training arguments")
     stored = {key: entry for key, entry in checkpoint.tensors.items() if not is_optimizer(key)}
-    model = from_megatron(trained)
+    settings = from_megatron(trained)
+    model, sizes = settings.model, {key: tuple(entry.size) for key, entry in stored.items()}
+    check_layers(checkpoint.folder, sizes, model)
     found = weights(model, form_of(stored, is_hybrid(trained)))
-    sizes = {key: tuple(entry.size) for key, entry in stored.items()}
     check_names(checkpoint.folder, sizes, {weight.key: weight.size for weight in found})
     dtype = choose_dtype(args.dtype, {entry.properties.dtype for entry in stored.values()})
     source = _tokenizer_source(args.tokenizer_model, trained)
     with new_folder(Path(args.output)) as folder:
         tokenizer = _put_tokenizer(source, trained, folder) if source else None
+        if tokenizer is not None and args.vocab_size is None:
+            _check_tokens(len(tokenizer), model.vocab, source, trained)
         vocab = _vocabulary(args.vocab_size, tokenizer, model.vocab)
         tokens = {name: getattr(tokenizer, name, None) for name in SPECIAL_TOKENS}
         _write_weights(folder, checkpoint, found, vocab, dtype)
         write_json(folder / GENERATION, tokens)
-        config = config_of(model._replace(vocab=vocab), trained, dtype, tokens)
-        write_json(folder / CONFIG, config)
+        settings = settings._replace(model=model._replace(vocab=vocab))
+        write_json(folder / CONFIG, config_of(settings, dtype, tokens))
     missing = "" if source else "; without a tokenizer, which --tokenizer-model would name"
     return f"{vocab} tokens, {model.vocab - vocab} rows of padding apart{missing}"
 
@@ -70,10 +86,7 @@ def _tokenizer_source(asked: str | None, trained: argparse.Namespace) -> Path | 
     Returns:
         A folder that transformers reads, or SentencePiece's .model file.
     """
-    given = asked
-    if not asked and trained.tokenizer_type in ("HuggingFaceTokenizer", *SENTENCEPIECE_TYPES):
-        given = trained.tokenizer_model
-    found = find_tokenizer(Path(given)) if given else None
+    found = find_tokenizer(Path(asked)) if asked else own_source(trained)
     if asked and not found:
         raise ToolError(f"no tokenizer at --tokenizer-model {asked}, nor a SentencePiece file")
     return found
@@ -84,27 +97,54 @@ def _put_tokenizer(source: Path, trained: argparse.Namespace, folder: Path) -> A
     if source.is_dir():
         copy_tokenizer(source, folder)
         return read_tokenizer(source)
-    if trained.tokenizer_type == "HuggingFaceTokenizer":
+    if getattr(trained, "tokenizer_type", None) == HUGGING_FACE_TYPE:
         raise ToolError(
             f"{source}: a SentencePiece model, but --tokenizer-type HuggingFaceTokenizer was "
             "trained with; put a tokenizer_config.json beside it, for LLaMA's "
             '{"tokenizer_class": "LlamaTokenizer"}'
         )
-    parser = argparse.ArgumentParser()
-    add_tokenizer_flags(parser, required=False)
-    flags = vars(parser.parse_args([]))
-    flags |= {name: value for name, value in vars(trained).items() if name in flags}
-    flags["tokenizer_model"] = str(source)
-    if trained.tokenizer_type not in SENTENCEPIECE_TYPES:
-        flags["tokenizer_type"] = SENTENCEPIECE_TYPES[0]
-    write_for_transformers(build_tokenizer(argparse.Namespace(**flags)), folder)
+    write_for_transformers(build_from(source, trained), folder)
     return read_tokenizer(folder)
+
+
+def _check_tokens(known: int, rows: int, source: Path | None, trained: argparse.Namespace) -> None:
+    """Refuse a tokenizer of fewer tokens than the training's.
+
+    Raises:
+        ToolError: the training had more tokens, or more rows are left than padding makes.
+    """
+    remedy = "give the training's to --tokenizer-model, or the number of tokens to --vocab-size"
+    if tokens := _trained_tokens(rows, source, trained):
+        if known < tokens:
+            raise ToolError(
+                f"{source}: {known} tokens, but the model was trained with {tokens}; {remedy}"
+            )
+        return
+    multiple = math.prod(
+        whole(f"in the training arguments, {name}", getattr(trained, name, 1))
+        for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
+    )
+    if rows - known >= multiple:
+        raise ToolError(
+            f"{source}: {known} tokens, but the model has {rows} rows, and padding to a multiple of"
+            f" {multiple} does not explain the rest; {remedy}"
+        )
+
+
+def _trained_tokens(rows: int, source: Path | None, trained: argparse.Namespace) -> int:
+    """The number of tokens of the training, if that is still known; else 0."""
+    own, tokens = own_source(trained), getattr(trained, "vocab_size", None)
+    if own and own != source:
+        with contextlib.suppress(ToolError):
+            tokens = build_from(own, trained).vocab_size
+    return tokens if isinstance(tokens, int) and tokens <= rows else 0
 
 
 def _vocabulary(asked: int | None, tokenizer: Any, rows: int) -> int:
     """The number of tokens: --vocab-size, or the tokenizer's, or all rows that the model has."""
     known = len(tokenizer) if tokenizer is not None else 1
-    vocab = asked or (rows if tokenizer is None else known)
+    unless_asked = rows if tokenizer is None else known
+    vocab = unless_asked if asked is None else asked
     if not known <= vocab <= rows:
         raise ToolError(
             f"a vocabulary of {vocab} does not fit the tokenizer, which has {known} tokens, and "

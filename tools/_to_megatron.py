@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from _checkpoint import RELEASE, TRACKER
-from _cli import new_folder
+from _cli import ToolError, new_folder
+from _hf_config import from_hugging_face
 from _hf_folder import PADDING, Tensors, find_tokenizer, open_padding, open_weights, read_config
 from _llama import (
     EMBEDDING,
@@ -15,13 +16,14 @@ from _llama import (
     OUTPUT,
     TABLES,
     Llama,
+    check_layers,
     check_names,
     extra_states,
     progress,
     weights,
 )
-from _llama_config import args_of, choose_dtype, from_hugging_face
-from _megatron import SENTENCEPIECE_TYPES
+from _llama_config import args_of, choose_dtype
+from _run_tokenizer import build_from, type_of
 from _torch_dist import COMMON, write_checkpoint
 
 PADDED_TO = 128  # as by default in Megatron
@@ -40,19 +42,19 @@ def to_megatron(args: argparse.Namespace) -> str:
         ToolError: the folder cannot be read, or its model is not LLaMA's.
     """
     source, form = Path(args.load), FORMS[args.model]
-    config = read_config(source)
-    model = from_hugging_face(config)
-    tensors = open_weights(source)
+    settings = from_hugging_face(read_config(source))
+    model, tensors = settings.model, open_weights(source)
+    check_layers(source, tensors.sizes, model)
     unpadded = {weight.key: weight for weight in weights(model, form)}
     parts = {name: size for weight in unpadded.values() for name, size in weight.parts().items()}
     check_names(source, tensors.sizes, parts)
     dtype = choose_dtype(args.dtype, tensors.dtypes)
     padding = _padding(source, model, dtype)
     padded = model._replace(vocab=model.vocab + len(padding[EMBEDDING]))
-    trained = args_of(padded, form, config, dtype)
+    trained = args_of(settings, form, padded.vocab, dtype)
     if tokenizer := find_tokenizer(source):
-        kind = "HuggingFaceTokenizer" if tokenizer.is_dir() else SENTENCEPIECE_TYPES[0]
-        trained.tokenizer_type, trained.tokenizer_model = kind, str(tokenizer.resolve())
+        trained.tokenizer_type = type_of(tokenizer)
+        trained.tokenizer_model = str(tokenizer.resolve())
     found = weights(padded, form)
     common = {"args": trained, "iteration": 0, "checkpoint_version": 3.0, "content_metadata": {}}
     objects = {**dict.fromkeys(extra_states(model, form)), COMMON: common}
@@ -68,7 +70,17 @@ def to_megatron(args: argparse.Namespace) -> str:
         write_checkpoint(folder / RELEASE, sizes, dtype, make, objects)
         (folder / TRACKER).write_text(RELEASE)
     flag = f"--norm-epsilon {trained.layernorm_epsilon:g}"
-    return f"{model.vocab} tokens, padded to {padded.vocab}; train with {flag}"
+    note = f"{model.vocab} tokens, padded to {padded.vocab}; train with {flag}"
+    return note + (_other_size(tokenizer, trained) if tokenizer else "")
+
+
+def _other_size(tokenizer: Path, trained: argparse.Namespace) -> str:
+    """Say so where the folder's tokenizer has not as many tokens as the model."""
+    try:
+        tokens = build_from(tokenizer, trained).vocab_size
+    except ToolError as error:
+        return f"; {error}"
+    return f"; the tokenizer has {tokens} tokens" if tokens != trained.vocab_size else ""
 
 
 def _padding(source: Path, model: Llama, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -77,6 +89,6 @@ def _padding(source: Path, model: Llama, dtype: torch.dtype) -> dict[str, torch.
     kept: Tensors = open_padding(source)
     if not kept.sizes:
         return dict.fromkeys(keys, torch.zeros(-model.vocab % PADDED_TO, model.hidden, dtype=dtype))
-    rows = next(iter(kept.sizes.values()))[0]
+    rows = max((size[0] for size in kept.sizes.values() if size), default=0)
     check_names(source / PADDING, kept.sizes, {TABLES[key]: (rows, model.hidden) for key in keys})
     return {key: kept[TABLES[key]].to(dtype) for key in keys}

@@ -15,8 +15,10 @@ with those of Transformer Engine (in megatron-core 0.19); hybrid and hybrid-loca
 own, with those of Transformer Engine or local ones.
 
 A tensor that is not the model's, is missing or has another size is an error that names it, and so
-is a setting that LLaMA does not have. Weights are moved and never computed with: without --dtype
-they are the same bits, there and back.
+is a setting that LLaMA does not have. Each key of config.json is honoured, known to change nothing
+that the model computes, or refused by name, as is the scaled RoPE of Llama 3.1 and later, which a
+Megatron checkpoint does not keep. Weights are moved and never computed with: without --dtype they
+are the same bits, there and back.
 
 A SentencePiece model (--tokenizer-type Llama2Tokenizer and its like) becomes tokenizer.json, from
 which AutoTokenizer gives the ids of the training, compared on random texts: no BOS by itself, and
@@ -27,7 +29,8 @@ The vocabulary in Hugging Face's folder has the tokenizer's size. The rows by wh
 go to megatron_padding.safetensors beside the model, and from there come back bit for bit; without
 that file, padding is of zeros, to a multiple of 128. Megatron's cross-entropy counts the padding:
 where there is some, it is a little higher than the converted model's. Where neither a tokenizer nor
---vocab-size says how many tokens there are, the padding stays part of the vocabulary.
+--vocab-size says how many tokens there are, the padding stays part of the vocabulary. A tokenizer
+of fewer tokens than the training's is refused unless --vocab-size is given.
 
 One process without a GPU, and memory for Megatron's largest tensor and 5 GB. --output is whole or
 not there. (Megatron-Bridge, NVIDIA's library for this, needs Transformer Engine and ModelOpt.)

@@ -32,7 +32,7 @@ from typing import Any
 
 from _cli import ToolError, new_parser, one_line_errors
 from _footprint import Memory, cost_flops, memory, micro_batches
-from _job import SIZES, build_shard, count_parameters, parse, size_flags
+from _job import SIZES, build_shard, count_parameters, parse, refusals, size_flags
 from _megatron import megatron_module
 
 PROG = "tools/estimate.py"
@@ -40,6 +40,13 @@ SIZES_OF_A_GROUP = (1, 2, 4, 8)
 # What is left is for CUDA, NCCL, the allocator, and errors of the estimate.
 USABLE = 0.9
 GIB = 2**30
+# Of the tool's own flags: with these, no figure is 0 or infinite.
+_RANGES = {
+    "gpus": (1, 1e7),
+    "gpu_memory": (1e-3, 1e6),
+    "mfu": (1e-6, 1),
+    "peak_tflops": (1e-3, 1e9),
+}
 
 
 def estimate(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
@@ -57,7 +64,8 @@ def estimate(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
     """
     flags = [*(size_flags(args.size) if args.size else ()), *flags]
     job = parse(flags, args.gpus)
-    parameters = count_parameters(build_shard(job), job.tensor_model_parallel_size)
+    with refusals(args.gpus):
+        parameters = count_parameters(build_shard(job), job.tensor_model_parallel_size)
     return {
         "size": args.size,
         "parameters": parameters,
@@ -81,10 +89,19 @@ def _layout(job: argparse.Namespace, **more: Any) -> dict[str, Any]:
 
 
 def _work(job: argparse.Namespace, args: argparse.Namespace) -> dict[str, Any]:
-    """Count tokens, FLOPs and hours."""
+    """Count tokens, FLOPs and hours.
+
+    Raises:
+        ToolError: the job has no step.
+    """
     count = megatron_module("megatron.training.training").num_floating_point_operations
     tokens = job.global_batch_size * job.seq_length
     steps = job.train_iters or (job.train_samples or 0) // job.global_batch_size
+    if not steps:
+        raise ToolError(
+            f"no step to estimate: give --train-iters, or --train-samples of at least "
+            f"{job.global_batch_size}, the global batch"
+        )
     flops = count(job, job.global_batch_size) + cost_flops(job)
     gpu_hours = flops * steps / (args.mfu * args.peak_tflops * 1e12) / 3600
     return {
@@ -172,10 +189,12 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
     args, flags = parser.parse_known_args(argv)
     if not (args.size or flags):
         parser.error("give --size or the flags of a Megatron job")
-    for name in ("gpus", "gpu_memory", "mfu", "peak_tflops"):
-        if not getattr(args, name) > 0:
+    for name, (least, most) in _RANGES.items():
+        if not least <= getattr(args, name) <= most:
             flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} {getattr(args, name)}: expected a positive number")
+            parser.error(
+                f"{flag} {getattr(args, name)}: expected a number from {least:g} to {most:g}"
+            )
     return args, flags
 
 

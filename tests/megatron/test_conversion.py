@@ -119,6 +119,7 @@ def test_hugging_face_model_becomes_megatrons(
         initializer_range=0.1,
         rms_norm_eps=3e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        attention_dropout=0.1,
         tie_word_embeddings=form == "gpt",
     )
     model = LlamaForCausalLM(config)
@@ -129,8 +130,9 @@ def test_hugging_face_model_becomes_megatrons(
     checkpoint = convert("megatron", tmp_path / "hf", tmp_path / "megatron", "--model", form)
     assert differences(runs, checkpoint, tmp_path / "hf")["logits"] <= SAME_LOGITS
     again = convert("hf", checkpoint, tmp_path / "again", "--vocab-size", "250")
-    loaded = LlamaForCausalLM.from_pretrained(again).state_dict()
-    before = model.state_dict()
+    converted = LlamaForCausalLM.from_pretrained(again)
+    assert converted.config.attention_dropout == 0.1
+    loaded, before = converted.state_dict(), model.state_dict()
     assert loaded.keys() == before.keys()
     assert not [name for name in loaded if not torch.equal(loaded[name], before[name])]
 

@@ -8,7 +8,9 @@ import contextlib
 import io
 import json
 import logging
+import math
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,11 @@ import numpy as np
 import torch
 from _footprint import cost_flops, memory, shard_parameters
 from _job import SIZES, _named_ranks, build_shard, count_parameters, parse, size_flags
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
+
+from megatron_mile import cpu_mode
 
 EMO = ("--mile-objective", "emo")
 # More of the same flags, to see each branch of the memory estimate.
@@ -38,6 +44,10 @@ AUTHORS = {
     "1.2b": ("--gpus", "32", "--json"),
     "6.7b": ("--gpus", "128", "--json"),
 }
+SMALL = (
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --vocab-size 250 "
+    "--max-position-embeddings 64 --micro-batch-size 1 --global-batch-size 16 --lr 1e-3"
+)
 REFUSED = (
     ["--size", "468m", "--no-such-flag"],
     ["--size", "468m", "--gpus", "3"],
@@ -45,6 +55,62 @@ REFUSED = (
     ["--num-layers", "2"],
     ["--size", "468m", "--hybrid-layer-pattern", "*-*-"],
     ["--size", "468m", *EMO, "--mile-emo-cost", "/no.npy"],
+    ["--size", "468m", "--num-layers", "0"],
+    ["--size", "468m", "--num-layers", "1000000000000"],
+    ["--size", "468m", "--hidden-size", "-1024"],
+    ["--size", "468m", "--num-attention-heads", "0"],
+    ["--size", "468m", "--vocab-size", "0"],
+    ["--size", "468m", "--padded-vocab-size", "-128"],
+    ["--size", "468m", "--seq-length", "0"],
+    ["--size", "468m", "--train-iters", "-3"],
+    [*SMALL.split(), "--train-iters", "0"],
+    SMALL.split(),
+    ["--size", "468m", "--mfu", "inf"],
+    ["--size", "468m", "--mfu", "1.5"],
+    ["--size", "468m", "--peak-tflops", "inf"],
+    ["--size", "468m", "--gpu-memory", "nan"],
+    ["--size", "468m", "--group-query-attention", "--num-query-groups", "3"],
+)
+# What a flag may be, and what it should not.
+GOOD = {
+    "--num-layers": ("1", "2", "6"),
+    "--hidden-size": ("64", "1000000"),
+    "--num-attention-heads": ("1", "4", "8"),
+    "--ffn-hidden-size": ("1", "256"),
+    "--kv-channels": ("16", "64"),
+    "--num-query-groups": ("1", "2"),
+    "--vocab-size": ("1", "250", "1000000000000"),
+    "--padded-vocab-size": ("256",),
+    "--make-vocab-size-divisible-by": ("1", "128"),
+    "--seq-length": ("1", "64"),
+    "--max-position-embeddings": ("64", "1000000000000"),
+    "--micro-batch-size": ("1", "2"),
+    "--global-batch-size": ("16", "1000000000000"),
+    "--train-iters": ("1", "1000000000000"),
+    "--tensor-model-parallel-size": ("1", "2"),
+    "--pipeline-model-parallel-size": ("1", "2"),
+    "--context-parallel-size": ("1", "2"),
+    "--recompute-num-layers": ("1",),
+    "--gpus": ("1", "8", "10000000"),
+    "--gpu-memory": ("0.5", "80"),
+    "--mfu": ("0.000001", "1"),
+    "--peak-tflops": ("0.001", "989"),
+}
+BAD = (
+    "0",
+    "-1",
+    "-0",
+    "3",
+    "1.5",
+    "inf",
+    "-inf",
+    "nan",
+    "1e400",
+    "9" * 30,
+    "9" * 5000,
+    "",
+    "x",
+    "\n",
 )
 
 
@@ -125,8 +191,82 @@ def said(*words: str) -> tuple[str, str]:
     return streams[0].getvalue(), streams[1].getvalue()
 
 
+@st.composite
+def jobs(draw: st.DrawFn) -> list[str]:
+    """A good job with up to four flags changed."""
+    flags = [
+        *SMALL.split(),
+        "--train-iters",
+        "10",
+        *draw(st.sampled_from(([], ["--swiglu", "--bf16"]))),
+    ]
+    for _ in range(draw(st.integers(0, 4))):
+        flag = draw(st.sampled_from([*GOOD]))
+        flags += [flag, draw(st.one_of(st.sampled_from(GOOD[flag]), st.sampled_from(BAD)))]
+    grouped = draw(st.sampled_from(([], ["--group-query-attention"])))
+    return [*flags, *grouped, *draw(st.sampled_from(([], EMO)))]
+
+
+def fuzz() -> dict[str, Any]:
+    """Estimate many jobs: how many ended in figures and in one line, and what did in neither."""
+    ended = {"figures": 0, "line": 0}
+
+    # A failing job is short as it is, and making it shorter takes minutes.
+    @settings(
+        max_examples=60,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=[*HealthCheck],
+    )
+    @given(jobs())
+    def check(flags: list[str]) -> None:
+        output, errors = said(*flags, "--json")
+        if output:
+            check_figures(json.loads(output, parse_constant=float))
+            ended["figures"] += 1
+            return
+        *usage, line = errors.splitlines()
+        assert line.startswith("tools/estimate.py: error: "), errors
+        assert not usage or usage[0].startswith("usage: "), errors
+        ended["line"] += 1
+
+    try:
+        check()
+    except Exception:
+        return {"failure": traceback.format_exc(limit=-3), **ended}
+    return {"failure": "", **ended}
+
+
+def check_figures(found: dict[str, Any]) -> None:
+    """Fail on a figure that is infinite or negative, or is 0 and no part of the memory."""
+    parts = found.pop("memory_gib")
+    assert parts["total"] > 0
+    assert all(0 <= size < math.inf for size in parts.values()), parts
+    layouts = found.pop("layouts")
+    for values in (found, found.pop("layout"), *layouts):
+        numbers = [value for value in values.values() if isinstance(value, int | float)]
+        assert all(0 < value < math.inf for value in numbers if value is not False), values
+
+
+def remember_help() -> None:
+    """Read the help texts in Megatron's sources once: for each parser, it is most of the time."""
+    cpu_mode.enable()
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    read, texts = ArgumentGroupFactory._get_field_docstrings, {}
+
+    def remembered(self: Any, source: type) -> dict[str, str]:
+        if source not in texts:
+            texts[source] = read(self, source)
+        return texts[source]
+
+    ArgumentGroupFactory._get_field_docstrings = remembered
+
+
 if __name__ == "__main__":
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    remember_help()
     output = Path(sys.argv[1])
     found = {size: json.loads(said("--size", size, *AUTHORS[size])[0]) for size in SIZES}
     figures = {
@@ -137,5 +277,6 @@ if __name__ == "__main__":
         "cost rows": cost_rows(output.parent),
         "table": estimate.report(found["468m"]),
         "refused": [said(*words)[1] for words in REFUSED],
+        "fuzz": fuzz(),
     }
     output.write_text(json.dumps(figures))

@@ -9,6 +9,8 @@ from typing import Any
 import convert_checkpoint
 import sentencepiece
 import torch
+from _checkpoint import checkpoint_folder
+from _torch_dist import COMMON, Checkpoint, write_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # How LLaMA's SentencePiece model was trained.
@@ -54,4 +56,14 @@ def save_llama(folder: Path, vocab_size: int) -> None:
 def convert(to: str, load: Path, output: Path, *flags: str) -> Path:
     """Run tools/convert_checkpoint.py; return the output."""
     convert_checkpoint.main(["--to", to, "--load", str(load), "--output", str(output), *flags])
+    return output
+
+
+def with_args(checkpoint: Path, output: Path, **changes: Any) -> Path:
+    """Write a converted checkpoint again, as of a training with other arguments."""
+    before = Checkpoint(checkpoint_folder(checkpoint))
+    common = before.common()
+    vars(common["args"]).update(changes)
+    sizes = {key: tuple(entry.size) for key, entry in before.tensors.items()}
+    write_checkpoint(output, sizes, torch.float32, before.tensor, {COMMON: common})
     return output

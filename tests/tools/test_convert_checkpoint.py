@@ -19,12 +19,13 @@ import pytest
 import torch
 from _checkpoint import checkpoint_folder
 from _cli import ToolError
-from _llama_config import DTYPES, args_of, from_megatron
+from _hf_config import from_hugging_face
+from _llama_config import DTYPES, LARGEST, args_of, from_megatron
 from _torch_dist import COMMON, Checkpoint, write_checkpoint
-from llama_models import convert
+from llama_models import convert, with_args
 from safetensors.torch import load_file, save_file
 
-MODEL = _llama.Llama(2, 8, 12, heads=4, groups=2, head_dim=3, vocab=50, tied=False)
+MODEL = _llama.Llama(2, 8, 12, heads=4, groups=2, head_dim=4, vocab=50, tied=False)
 CONFIG = {
     "model_type": "llama",
     "num_hidden_layers": 2,
@@ -32,9 +33,10 @@ CONFIG = {
     "intermediate_size": 12,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 3,
+    "head_dim": 4,
     "vocab_size": 50,
 }
+SETTINGS = from_hugging_face(CONFIG)
 
 
 @pytest.fixture
@@ -65,9 +67,9 @@ def test_packing_deals_rows_as_megatron_does() -> None:
     rows = {name: torch.randn(size) for name, size in qkv.parts().items()}
     q, k, v = (rows[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "qkv")
     expected = []
-    for group in range(2):  # two query heads of three rows, then a key head and a value head
-        expected += [q[6 * group : 6 * group + 6], k[3 * group : 3 * group + 3]]
-        expected += [v[3 * group : 3 * group + 3]]
+    for group in range(2):  # two query heads of four rows, then a key head and a value head
+        expected += [q[8 * group : 8 * group + 8], k[4 * group : 4 * group + 4]]
+        expected += [v[4 * group : 4 * group + 4]]
     packed = qkv.join(rows.__getitem__)
     assert torch.equal(packed, torch.cat(expected))
     again = qkv.split(packed)
@@ -133,42 +135,39 @@ def test_unknown_missing_and_misshapen_tensors_are_named(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'; expected 'llama'"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type is 'llama3'"),
-        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling"),
-        ({"hidden_size": None}, "hidden_size"),
-    ],
-)
-def test_settings_that_megatrons_llama_lacks_are_refused(
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    change: dict[str, Any],
-    message: str,
-) -> None:
-    config = {name: v for name, v in {**CONFIG, **change}.items() if v is not None}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert message in refused(capsys, "megatron", folder, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
         ({"rotary_interleaved": True}, "rotary_interleaved is True; expected False"),
         ({"normalization": "LayerNorm"}, "normalization is 'LayerNorm'"),
         ({"num_experts": 4}, "num_experts"),
         ({"hybrid_layer_pattern": "M*-*-"}, "its layers are 'M\\*-\\*-'"),
+        ({"num_layers": 10**12}, "num_layers is 1000000000000; expected a whole number from 1 to"),
+        ({"num_layers": "2"}, "num_layers is '2'"),
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"kv_channels": 3}, "heads of 3 are odd"),
+        ({"rotary_base": None}, "rotary_base is None; expected a number"),
+        ({"layernorm_epsilon": float("nan")}, "layernorm_epsilon is nan"),
+        ({"hidden_size": 9}, "a hidden size of 9 is no multiple of 4 attention heads"),
     ],
 )
 def test_settings_that_hugging_faces_llama_lacks_are_refused(
     change: dict[str, Any], message: str
 ) -> None:
-    args = args_of(MODEL, _llama.Form(), CONFIG, torch.float32)
-    assert from_megatron(args) == MODEL
+    args = args_of(SETTINGS, _llama.Form(), 50, torch.float32)
+    assert from_megatron(args) == SETTINGS
     vars(args).update(change)
     with pytest.raises(ToolError, match=message):
         from_megatron(args)
+
+
+def test_layers_without_weights_are_no_reason_to_list_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = convert("megatron", folder, tmp_path / "there")
+    message = f"of {LARGEST} layers, at most 2 have weights"
+    many = with_args(there, tmp_path / "many", num_layers=LARGEST)
+    assert message in refused(capsys, "hf", many, tmp_path / "out")
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": LARGEST}))
+    assert message in refused(capsys, "megatron", folder, tmp_path / "out")
 
 
 class Evil:

@@ -11,7 +11,7 @@ from typing import Any
 import convert_checkpoint
 import pytest
 import sentencepiece
-from llama_models import convert, save_llama, train_sentencepiece
+from llama_models import convert, save_llama, train_sentencepiece, with_args
 from tokenizers.normalizers import Strip
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -86,3 +86,70 @@ def test_a_folder_of_transformers_is_copied_and_takes_no_sentencepiece_model(
     model = llama_checkpoint.parent / "tokenizer.model"
     flags = ("--load", there, "--output", tmp_path / "hf", "--tokenizer-model", model)
     assert "but --tokenizer-type HuggingFaceTokenizer was trained with" in refusal(failure, *flags)
+
+
+@pytest.fixture(scope="module")
+def smaller(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 590 tokens: with padding, it would fit a model of 600."""
+    return train_sentencepiece(texts, tmp_path_factory.mktemp("smaller"), vocab_size=590)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # The conversion to Megatron noted the number; Megatron itself does not.
+        ({"tokenizer_model": "/gone"}, "590 tokens, but the model was trained with 600"),
+        ({"vocab_size": None}, "590 tokens, but the model was trained with 600"),
+        (
+            {"tokenizer_model": "/gone", "vocab_size": None, "make_vocab_size_divisible_by": 8},
+            "590 tokens, but the model has 640 rows, and padding to a multiple of 8 does not",
+        ),
+    ],
+)
+def test_a_tokenizer_of_fewer_tokens_than_the_trainings_is_refused(
+    changes: dict[str, Any],
+    message: str,
+    llama_checkpoint: Path,
+    smaller: Path,
+    tmp_path: Path,
+    failure: Callable[..., str],
+) -> None:
+    there = with_args(llama_checkpoint, tmp_path / "megatron", **changes)
+    flags = ("--load", there, "--output", tmp_path / "hf", "--tokenizer-model", smaller)
+    line = refusal(failure, *flags)
+    assert message in line
+    assert "or the number of tokens to --vocab-size" in line
+    assert not (tmp_path / "hf").exists()
+    words = ("--tokenizer-model", str(smaller), "--vocab-size", "600")
+    folder = convert("hf", there, tmp_path / "hf", *words)
+    assert LlamaForCausalLM.from_pretrained(folder).config.vocab_size == 600
+
+
+def test_a_folder_whose_tokenizer_has_other_tokens_is_told_of(
+    smaller: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "llama"
+    save_llama(folder, vocab_size=600)
+    convert("megatron", folder, tmp_path / "without")
+    shutil.copy(smaller, folder)
+    convert("megatron", folder, tmp_path / "megatron")
+    before, after = capsys.readouterr().out.splitlines()
+    assert before.endswith("padded to 640; train with --norm-epsilon 1e-06")
+    assert after.endswith("; the tokenizer has 590 tokens")
+
+
+def test_a_vocabulary_of_nothing_is_refused(
+    llama_checkpoint: Path, tmp_path: Path, failure: Callable[..., str]
+) -> None:
+    for size in (0, -600):
+        flags = ("--load", llama_checkpoint, "--output", tmp_path / "hf", "--vocab-size", size)
+        assert f"a vocabulary of {size} does not fit" in refusal(failure, *flags)
+
+
+def test_a_multiple_that_is_no_number_is_refused(
+    llama_checkpoint: Path, smaller: Path, tmp_path: Path, failure: Callable[..., str]
+) -> None:
+    changes = {"tokenizer_model": None, "vocab_size": None, "make_vocab_size_divisible_by": "8"}
+    there = with_args(llama_checkpoint, tmp_path / "megatron", **changes)
+    flags = ("--load", there, "--output", tmp_path / "hf", "--tokenizer-model", smaller)
+    assert "make_vocab_size_divisible_by is '8'; expected a whole" in refusal(failure, *flags)

@@ -210,8 +210,31 @@ def test_estimate_refuses_in_one_line(figures: dict[str, Any]) -> None:
         "assert args.micro_batch_size is not None",
         "only dense GPT models can be estimated",
         "--mile-emo-cost /no.npy cannot be read: ",
+        "--num-layers 0: expected a whole number from 1 to 1024",
+        "--num-layers 1000000000000: expected a whole number from 1 to 1024",
+        "--hidden-size -1024: expected a whole number from 1 to 1000000",
+        "--num-attention-heads 0: expected",
+        "--vocab-size 0: expected",
+        "--padded-vocab-size -128: expected",
+        "--seq-length 0: expected",
+        "--train-iters -3: expected",
+        "--train-iters 0: expected",
+        "no step to estimate: give --train-iters, or --train-samples of at least 16, the global",
+        "--mfu inf: expected a number from 1e-06 to 1",
+        "--mfu 1.5: expected a number from 1e-06 to 1",
+        "--peak-tflops inf: expected a number from 0.001 to 1e+09",
+        "--gpu-memory nan: expected a number from 0.001 to 1e+06",
+        "Megatron refuses these flags on 8 GPUs: 16 attention heads are no multiple of 3 query",
     ]
     for reason, text in zip(reasons, figures["refused"], strict=True):
-        (line,) = text.splitlines()
+        *usage, line = text.splitlines()
         assert line.startswith("tools/estimate.py: error: ")
         assert reason in line
+        assert bool(usage) == ("expected a number" in line)  # argparse's, for flags of the tool
+
+
+def test_any_job_ends_in_figures_or_one_line(figures: dict[str, Any]) -> None:
+    found = figures["fuzz"]
+    assert not found["failure"], found["failure"]
+    assert found["figures"] > 5
+    assert found["line"] > 15
