@@ -19,10 +19,15 @@ TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")
 CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
 
 
+def normal(name: str) -> str:
+    """A package's name as the package index compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def pins(text: str) -> dict[str, str]:
-    """Version by name of the lines NAME==VERSION, names as the package index compares them."""
+    """Version by name of the lines NAME==VERSION."""
     pairs = (line.split("==") for line in text.splitlines() if re.match(r"[\w.-]+==", line))
-    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pairs}
+    return {normal(name): version for name, version in pairs}
 
 
 def test_dockerfile_is_sound() -> None:
@@ -85,6 +90,6 @@ def test_dockerfile_keeps_what_the_base_has(tmp_path: Path) -> None:
 def test_constraints_pin_what_the_extras_name() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed = {line for extra in project["optional-dependencies"].values() for line in extra}
-    names = {re.match(r"[\w.-]+", line)[0].lower() for line in needed}  # type: ignore[index]
+    names = {normal(re.match(r"[\w.-]+", line)[0]) for line in needed}  # type: ignore[index]
     assert {"megatron-core", "pytest", "ruff"} <= names
     assert names - {project["name"]} <= set(pins(CONSTRAINTS))
