@@ -186,7 +186,8 @@ def test_other_scripts_are_called_as_written() -> None:
     result = subprocess.run(
         ["bash", "-c", f"PYTHON=echo {shell}"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert "examples/pretrain_gpt.py --tensor-model-parallel-size 2 --load docs" in result.stdout
+    script = "examples/pretrain_gpt.py --tensor-model-parallel-size 2 --load docs --finetune"
+    assert f"{script} --use-checkpoint-args --save runs/emo --" in result.stdout
 
 
 @pytest.mark.slow
