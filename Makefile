@@ -1,48 +1,54 @@
-# Everything runs from .venv, which `setup` makes; it is quick when nothing has changed.
+# Everything runs from .venv. Each target first installs what it needs, stage by stage, and only
+# once: a stage runs again when the pins or the extras have changed, or when it did not end.
 
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.setup-done
+READY := $(VENV)/.setup-
+INSTALL := @tools/setup/install.sh $(VENV)
 
 .PHONY: help setup quickstart test test-compat lint bench bench-steps
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make setup                     find a Python >= 3.12, install into $(VENV) (about 6 GB)"
 	@echo "make quickstart [ARGS=...]     train, evaluate and compare small models (ARGS=--help)"
 	@echo "make test                      run the tests"
 	@echo "make test-compat [ARGS=...]    test every supported megatron-core (ARGS=0.16.1 for one)"
 	@echo "make lint                      check style and types"
 	@echo "make bench [ARGS=...]          time the loss beside Megatron's and others (ARGS=--help)"
 	@echo "make bench-steps [ARGS=...]    time training steps with and without the hook (ARGS=--help)"
+	@echo "make setup                     only install what all of these need, into $(VENV)"
 
-setup: $(STAMP)
+setup: $(READY)test $(READY)lint
 
-$(STAMP): pyproject.toml constraints.txt
-	@if ! $(BIN)/python -c 'import sys, pip; assert sys.version_info >= (3, 12)' 2>/dev/null; then \
-		python=$$(tools/find_python.sh) && echo "Making $(VENV) with $$python" && \
-		"$$python" -m venv --clear $(VENV); \
-	fi
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[train,dev]' -c constraints.txt
-	@touch $@
+$(READY)python: pyproject.toml constraints.txt
+	$(INSTALL) python
 
-quickstart: setup
+$(READY)torch: $(READY)python
+	$(INSTALL) torch
+
+$(READY)quickstart: $(READY)torch
+	$(INSTALL) quickstart
+
+$(READY)test $(READY)lint: $(READY)quickstart
+	$(INSTALL) $(@:$(READY)%=%)
+
+quickstart: $(READY)quickstart
 	@$(BIN)/python examples/quickstart.py $(ARGS)
 
-test: setup
+test: $(READY)test
 	$(BIN)/python -m pytest
 
-test-compat: setup
+test-compat: $(READY)test
 	@$(BIN)/python tests/megatron/run_every_version.py $(ARGS)
 
-lint: setup
+lint: $(READY)lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup
+bench: $(READY)quickstart
 	@$(BIN)/python tools/bench/run.py $(ARGS)
 	@$(if $(filter -h --help,$(ARGS)),,$(BIN)/python tools/bench/plot.py)
 
-bench-steps: setup
+bench-steps: $(READY)quickstart
 	@$(BIN)/python tools/bench/train_step.py $(ARGS)

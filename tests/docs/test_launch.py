@@ -43,7 +43,9 @@ def value(words: list[str], flag: str) -> str:
     return words[len(words) - words[::-1].index(flag)]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, *(ROOT / "tools").rglob("*.sh")], ids=lambda path: path.name
+)
 def test_script_is_sound(script: Path) -> None:
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
     shellcheck = Path(sys.executable).with_name("shellcheck")

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Prints the path of a Python >= 3.12 that can make a virtual environment; `make setup` uses it.
+# Prints the path of a Python >= 3.12 that can make a virtual environment; install.sh uses it.
 # Order: $PYTHON, any 3.12 (the version tested), then later ones, on the PATH and among pyenv's.
 # Each candidate is run, because names on the PATH may be pyenv shims of versions not selected.
 
