@@ -18,11 +18,13 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 import torch.distributed.checkpoint as dcp
 from _cli import ToolError
 from _megatron import megatron_module
+from _stored_args import check_common
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
@@ -76,6 +78,10 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def load_bytes(self, read_item: Any, value: BytesIO) -> None:
+        with ZipFile(value) as archive:  # torch itself compares no checksums
+            if damaged := archive.testzip():
+                raise pickle.UnpicklingError(f"{damaged} of {read_item.dest_index.fqn} is damaged")
+        value.seek(0)
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
@@ -107,14 +113,22 @@ class Checkpoint:
         return target
 
     def common(self) -> dict[str, Any]:
-        """Read what Megatron stores beside the tensors: "args", "iteration" and others."""
-        common: dict[str, Any]
-        if COMMON in self._objects:
-            (common,) = self._read(COMMON, None)
-            return common
+        """Read what Megatron stores beside the tensors: "args", "iteration" and others.
+
+        Raises:
+            ToolError: it cannot be read, or is not what `check_common` expects.
+        """
         with self._errors():
-            common = torch.load(self.folder / _COMMON_BEFORE_0_19, weights_only=True)
-        return common
+            if COMMON in self._objects:
+                (common,) = self._read(COMMON, None)
+            else:
+                common = torch.load(self.folder / _COMMON_BEFORE_0_19, weights_only=True)
+        return check_common(self.folder, common, self.weights())
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """Return the sizes of the model's tensors by key."""
+        tensors = self.tensors.items()
+        return {key: tuple(e.size) for key, e in tensors if not key.startswith(_OF_THE_RUN)}
 
     def check_objects(self) -> None:
         """Read what a model may ask for, so that Megatron may read it after this.

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from _pair_reader import open_pair
 from pair_files import files_below, pair_bytes
 from preprocess_data import main
-from token_frequency import open_pair
 
 # The tool forks; so does Megatron's own. What pytest has loaded beside it starts threads.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")

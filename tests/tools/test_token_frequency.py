@@ -13,6 +13,7 @@ import preprocess_data
 import pytest
 import token_frequency
 from _cli import ToolError
+from _megatron import megatron_module
 from hypothesis import given
 from hypothesis import strategies as st
 from token_frequency import BUCKETS, assign_buckets, load_buckets, main
@@ -129,7 +130,7 @@ def _damage(pair: Path, kind: str) -> None:
     elif kind == "idx content":  # the last document ends behind the last sequence
         idx.write_bytes(idx.read_bytes()[:-8] + (99).to_bytes(8, "little"))
     elif kind == "no tokens":
-        module = token_frequency.megatron_module("megatron.core.datasets.indexed_dataset")
+        module = megatron_module("megatron.core.datasets.indexed_dataset")
         writer = module.IndexedDatasetBuilder(str(bin_), np.uint16)
         writer.add_document(np.array([]), [])
         writer.finalize(str(idx))
@@ -147,7 +148,7 @@ def _damage(pair: Path, kind: str) -> None:
         ("idx truncated", "{}.idx: not a whole Megatron index"),
         ("idx header", "{}.idx: not a whole Megatron index"),
         ("idx empty", "{}.idx: not a whole Megatron index"),
-        ("idx content", "{}.idx: damaged ("),
+        ("idx content", "{}.idx: damaged; preprocess"),
         ("no tokens", "no tokens in {}"),
         ("another tokenizer", "{}.bin: token ids 0 to 9 do not fit the vocabulary of 9"),
     ],

@@ -139,9 +139,9 @@ def test_main_unusable_input_is_named_and_writes_nothing(
         "empty corpus: no text in": ["--input", tmp_path / "empty.txt", *out],
         "bad.jsonl:2: malformed JSON": ["--input", tmp_path / "bad.jsonl", *out],
         "latin.txt: not UTF-8": ["--input", tmp_path / "latin.txt", *out],
-        "--vocab-size 257: expected at least 258": ["--input", corpus, *out, "--vocab-size", 257],
+        "--vocab-size 257: expected 258 to": ["--input", corpus, *out, "--vocab-size", 257],
         "empty.txt: Not a directory": ["--input", corpus, "--output", tmp_path / "empty.txt"],
-        "Not a directory": ["--input", corpus, "--output", tmp_path / "empty.txt" / "out"],
+        "empty.txt is no folder": ["--input", corpus, "--output", tmp_path / "empty.txt" / "out"],
     }.items():
         assert expected in failure(main, *flags)
         assert sorted(tmp_path.rglob("*")) == before
