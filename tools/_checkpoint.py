@@ -139,7 +139,7 @@ def _check_all_used(checkpoint: Checkpoint, model: Any) -> None:
     # Some weights are stored in parts, whose keys only these factories know.
     megatron_module("megatron.core.dist_checkpointing.mapping").apply_factories(state)
     parts = megatron_module("megatron.core.dist_checkpointing.dict_utils").nested_values(state)
-    if left_out := checkpoint.weights().keys() - {part.key for part in parts}:
+    if left_out := checkpoint.weights.keys() - {part.key for part in parts}:
         raise ToolError(
             f"{checkpoint.folder}: holds {min(left_out)}, which the model of its stored arguments "
             "does not have; take another checkpoint"

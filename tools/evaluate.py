@@ -96,7 +96,7 @@ def output_of(args: argparse.Namespace) -> Path | None:
     Raises:
         ToolError: it cannot be written, or is an input.
     """
-    if not args.output:
+    if args.output is None:
         return None
     inputs: list[Path] = [args.hf] if args.hf else []
     if args.load:
@@ -221,6 +221,8 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error("--load and --data-prefix need each other")
     if args.picture and not args.compare:
         parser.error("--picture needs --compare")
+    if args.compare and args.output is not None:
+        parser.error("--output is for --load and --hf; --compare has --picture")
     if args.micro_batch_size < 1:
         parser.error(f"--micro-batch-size {args.micro_batch_size}: expected at least 1")
     if min(args.shots) < 0:

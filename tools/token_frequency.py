@@ -141,7 +141,9 @@ def token_frequency(args: argparse.Namespace) -> None:
         ToolError: the data or the tokenizer cannot be used; nothing is written.
     """
     inputs = [file for prefix in args.data_prefix for file in files_of(prefix)]
-    name = args.output or f"{args.data_prefix[0]}_token_frequency.json"
+    name = args.output
+    if name is None:
+        name = f"{args.data_prefix[0]}_token_frequency.json"
     output = output_file("--output", name, [*inputs, *tokenizer_files(args)])
     size = build_tokenizer(args).vocab_size if args.tokenizer_type else args.vocab_size
     check_vocabulary(size)

@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import matplotlib.pyplot as plt  # noqa: E402
 from _cli import ToolError, new_parser, one_line_errors  # noqa: E402
-from _picture import save  # noqa: E402
+from _picture import picture_file, save  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 PROG = "tools/bench/plot.py"
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for pictures, draw in ((times, draw_times), (memories, draw_memories)):
             for name, panels in pictures.items():
-                draw(panels, folder / name)
+                draw(panels, picture_file("--output", folder / name, [args.input]))
                 print(folder / name)
 
 
