@@ -113,11 +113,16 @@ def load_model(folder: Path, device: torch.device) -> LoadedModel:
     checkpoint = Checkpoint(folder)
     common = checkpoint.common()
     checkpoint.check_objects()
-    if "args" not in common:
-        raise ToolError(f"{folder}: holds no training arguments; expected a megatron.training run")
     args = _single_process_args(common["args"], device.type == "cpu")
     _start_process_group(args)
-    model = _build(args)
+    try:
+        model = _build(args)
+    except Exception as error:  # each setting is checked in a place of its own, and not always
+        reason = f"{type(error).__name__}: {error}"
+        raise ToolError(
+            f"{folder}: Megatron builds no model from its stored arguments ({reason})"
+        ) from error
+    _check_all_used(checkpoint, model)
     state = model.sharded_state_dict()
     try:
         model.load_state_dict(serialization.load({"model": state}, str(folder))["model"])
@@ -126,6 +131,19 @@ def load_model(folder: Path, device: torch.device) -> LoadedModel:
             f"{folder}: the weights do not fit the model ({cause_of(error)})"
         ) from error
     return LoadedModel(model.to(device).eval(), args, int(common["iteration"]), folder, device)
+
+
+def _check_all_used(checkpoint: Checkpoint, model: Any) -> None:
+    """Refuse a model that leaves weights of the checkpoint out: it is another one."""
+    state = model.sharded_state_dict()
+    # Some weights are stored in parts, whose keys only these factories know.
+    megatron_module("megatron.core.dist_checkpointing.mapping").apply_factories(state)
+    parts = megatron_module("megatron.core.dist_checkpointing.dict_utils").nested_values(state)
+    if left_out := checkpoint.weights.keys() - {part.key for part in parts}:
+        raise ToolError(
+            f"{checkpoint.folder}: holds {min(left_out)}, which the model of its stored arguments "
+            "does not have; take another checkpoint"
+        )
 
 
 def _single_process_args(trained: argparse.Namespace, on_cpu: bool) -> argparse.Namespace:

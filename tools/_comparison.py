@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _cli import ToolError
+from _cli import ToolError, read_json
 from token_frequency import BUCKETS
 
 # A task's score is the first of these that it has; the others stay in the JSON.
@@ -41,26 +40,50 @@ def read_evaluations(paths: Sequence[Path]) -> list[Evaluation]:
     Raises:
         ToolError: a file is not an evaluation.
     """
-    contents = [_read(path) for path in paths]
+    contents = [read_evaluation(path) for path in paths]
     names = [path.resolve().parent.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     return [Evaluation(*pair) for pair in zip(names, contents, strict=True)]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Read the JSON file of tools/evaluate.py.
+
+    Raises:
+        ToolError: it is not an evaluation.
+        OSError: it cannot be read.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if "ppl" in content or content["harness"]["scores"] is not None:
+        content = read_json(path)
+        if _is_whole(content):
             return dict(content)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise ToolError(f"{path}: not an evaluation; make it with tools/evaluate.py --output")
 
 
+def _is_whole(content: Mapping[str, Any]) -> bool:
+    """Whether there are perplexities or scores, and all of them are numbers."""
+    found = [content[key] for key in PERPLEXITIES if content.get(key) is not None]
+    scores = content["harness"]["scores"] if "harness" in content else {}
+    metrics = [tasks.values() for shots, tasks in scores.items() if int(shots) >= 0]
+    values = [value for tasks in metrics for task in tasks for value in task.values()]
+    return (
+        ("ppl" in content or bool(scores))
+        and all(_is_number(value) and value > 0.5 for value in found)  # rounding apart, at least 1
+        and all(map(_is_number, values))
+    )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that can be drawn, so no infinity either."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
 def shots_of(evaluations: Sequence[Evaluation]) -> list[str]:
-    """List the numbers of shots that any evaluation has, smallest first."""
-    found = {number for one in evaluations for number in _all_scores(one)}
+    """List the numbers of shots at which any evaluation has a score, smallest first."""
+    found = {number for one in evaluations for number in _all_scores(one) if scores_of(one, number)}
     return sorted(found, key=int)
 
 

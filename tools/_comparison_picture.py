@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from _cli import ToolError
-from _comparison import PERPLEXITIES, Evaluation, common_scores, shots_of
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from _comparison import METRICS, PERPLEXITIES, Evaluation, common_scores, shots_of
+from _picture import save
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 from plot_runs import COLOURS
@@ -23,14 +20,16 @@ def draw(evaluations: Sequence[Evaluation], output: Path) -> None:
 
     Args:
         evaluations: at least one.
-        output: file to write, in the format that its suffix names.
+        output: from `picture_file`.
 
     Raises:
-        ToolError: matplotlib does not know the format.
+        ToolError: they have neither perplexities nor scores.
     """
     shots = shots_of(evaluations)
     with_ppl = any(one.content.get("ppl") is not None for one in evaluations)
     panels = len(shots) + with_ppl
+    if not panels:
+        raise ToolError(f"nothing to draw: no perplexity and no {', '.join(METRICS)}")
     figure, grid = plt.subplots(
         panels, 1, figsize=(13, 0.6 + 3.4 * panels), layout="constrained", squeeze=False
     )
@@ -41,15 +40,7 @@ def draw(evaluations: Sequence[Evaluation], output: Path) -> None:
         _draw_scores(panel, evaluations, number)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
-    partial = output.with_name(f"{output.stem}.partial.{os.getpid()}{output.suffix}")
-    try:
-        figure.savefig(partial, dpi=150)
-        partial.replace(output)
-    except ValueError as error:
-        raise ToolError(f"--picture {output}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-        plt.close(figure)
+    save(figure, output)
 
 
 def _draw_perplexities(axes: Axes, evaluations: Sequence[Evaluation]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import urllib.error
@@ -172,5 +173,5 @@ def _score(model: Any, manager: Any, task: str, shots: int) -> dict[str, float]:
     return {
         name.partition(",")[0]: float(value)
         for name, value in results.items()
-        if "," in name and isinstance(value, int | float)
+        if "," in name and isinstance(value, int | float) and math.isfinite(value)
     }

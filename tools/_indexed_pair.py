@@ -58,32 +58,33 @@ class GrowingPair:
         Raises:
             ToolError: a file holds less.
         """
-        self.sizes, self._dtype = sizes, np.dtype(dtype)
-        self._files = {
-            suffix: _open_at(stem.with_name(stem.name + suffix), count * size)
-            for suffix, count, size in (
-                (".bin", sizes.tokens, self._dtype.itemsize),
-                (".lengths", sizes.sequences, 4),
-                (".sequences", sizes.documents, 4),
-            )
-        }
+        self.sizes = sizes
+        self._files = [_open_at(*file) for file in _bytes_by_file(stem, dtype, sizes).items()]
 
     def add(self, part: Part) -> None:
         """Append documents."""
-        for file, values in zip(self._files.values(), part, strict=True):
+        for file, values in zip(self._files, part, strict=True):
             file.write(values.tobytes())
         self.sizes = Sizes(*(have + len(new) for have, new in zip(self.sizes, part, strict=True)))
 
     def flush(self) -> None:
         """Bring the files to disk."""
-        for file in self._files.values():
+        for file in self._files:
             file.flush()
             os.fsync(file.fileno())
 
     def close(self) -> None:
         """Close the files."""
-        for file in self._files.values():
+        for file in self._files:
             file.close()
+
+
+def _bytes_by_file(stem: Path, dtype: type[np.number], sizes: Sizes) -> dict[Path, int]:
+    """Return how much each file of a `GrowingPair` holds, in the order of `Part`."""
+    each = {".bin": np.dtype(dtype).itemsize, ".lengths": 4, ".sequences": 4}
+    names = (stem.with_name(stem.name + suffix) for suffix in each)
+    bytes_ = (count * size for count, size in zip(sizes, each.values(), strict=True))
+    return dict(zip(names, bytes_, strict=True))
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:
@@ -111,10 +112,16 @@ def publish(stem: Path, prefix: str, dtype: type[np.number], sizes: Sizes, info:
         dtype: of the tokens.
         sizes: what the files hold.
         info: content of PREFIX.info.
+
+    Raises:
+        ToolError: a file of the `GrowingPair` is missing or damaged.
     """
     grown, index = stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".idx")
     final = Path(prefix + ".idx")
     if grown.exists():
+        for path, size in _bytes_by_file(stem, dtype, sizes).items():
+            if path.stat().st_size != size:
+                raise _damaged(path)
         _write_index(stem, index, dtype, sizes)
         final.unlink(missing_ok=True)
         sync_folder(final.parent)
@@ -126,10 +133,16 @@ def publish(stem: Path, prefix: str, dtype: type[np.number], sizes: Sizes, info:
         sync_folder(final.parent)
         index.replace(final)
         sync_folder(final.parent)
+    if not final.exists():
+        raise _damaged(grown)
+
+
+def _damaged(path: Path) -> ToolError:
+    return ToolError(f"{path}: damaged or lost; remove {path.parent} and start anew")
 
 
 def _write_index(stem: Path, index: Path, dtype: type[np.number], sizes: Sizes) -> None:
-    """Write an .idx block by block."""
+    """Write an .idx block by block; raise `ToolError` where lengths and sizes contradict."""
     kinds = megatron_module("megatron.core.datasets.indexed_dataset").DType
     lengths, sequences = (stem.with_name(stem.name + end) for end in (".lengths", ".sequences"))
     header = (INDEX_MAGIC, 1, kinds.code_from_dtype(dtype), sizes.sequences, sizes.documents + 1)
@@ -142,12 +155,16 @@ def _write_index(stem: Path, index: Path, dtype: type[np.number], sizes: Sizes) 
             ends = start + np.cumsum(block, dtype=np.int64) * np.dtype(dtype).itemsize
             file.write(np.concatenate(([start], ends[:-1])).tobytes())
             start = int(ends[-1])
+        if start != sizes.tokens * np.dtype(dtype).itemsize:
+            raise _damaged(lengths)
         file.write(np.int64(0).tobytes())
         start = 0
         for block in _blocks(sequences):
             ends = start + np.cumsum(block, dtype=np.int64)
             file.write(ends.tobytes())
             start = int(ends[-1])
+        if start != sizes.sequences:
+            raise _damaged(sequences)
         file.flush()
         os.fsync(file.fileno())
 

@@ -18,6 +18,8 @@ from typing import Any
 
 from _cli import ToolError
 
+# Far above any in use; what is counted, sorted and written for each token id stays in memory.
+LARGEST_VOCABULARY = 1 << 24
 # One tokenizer under three names.
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "Llama2Tokenizer", "GPTSentencePieceTokenizer")
 TOKENIZER_TYPES = (
@@ -99,11 +101,30 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
         ) from error
 
 
+def tokenizer_files(args: argparse.Namespace) -> list[str]:
+    """List the files and folders that `build_tokenizer` reads, as far as flags name them.
+
+    Args:
+        args: parsed flags of `add_tokenizer_flags`.
+    """
+    return [path for path in (args.tokenizer_model, args.vocab_file, args.merge_file) if path]
+
+
+def check_vocabulary(size: int, smallest: int = 1) -> None:
+    """Refuse a --vocab-size that no tokenizer can have.
+
+    Raises:
+        ToolError: it is out of range.
+    """
+    if not smallest <= size <= LARGEST_VOCABULARY:
+        raise ToolError(f"--vocab-size {size}: expected {smallest} to {LARGEST_VOCABULARY}")
+
+
 def _check_source(args: argparse.Namespace) -> None:
     """Name a missing flag, file or folder before a library does so at length."""
     kind, model = args.tokenizer_type, args.tokenizer_model
-    if args.vocab_size is not None and args.vocab_size < 1:
-        raise ToolError(f"--vocab-size {args.vocab_size}: expected a positive number")
+    if args.vocab_size is not None:
+        check_vocabulary(args.vocab_size)
     if kind == "NullTokenizer" and args.vocab_size is None:
         raise ToolError("NullTokenizer needs --vocab-size, the number of token ids")
     if kind in ("NullTokenizer", "GPT2BPETokenizer"):

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from _checkpoint import LoadedModel, checkpoint_folder, choose_device, load_model
 from _cli import ToolError
-from token_frequency import BUCKETS, load_buckets, open_pair
+from _pair_reader import open_pair
+from token_frequency import BUCKETS, load_buckets
 from tqdm import tqdm
 
 
@@ -104,8 +105,9 @@ def perplexity(
         "data": data_prefix,
         "tokens": int(counts.sum()),
     }
-    if not np.isfinite(sums).all():
-        raise ToolError(f"{folder}: the model's cross-entropy is not finite; its training diverged")
+    with np.errstate(over="ignore", invalid="ignore"):
+        if not np.isfinite(np.exp(sums / np.maximum(counts, 1))).all():
+            raise ToolError(f"{folder}: the perplexity is not finite; the training diverged")
     result["cross_entropy"], result["ppl"] = figures(float(sums.sum()), int(counts.sum()))
     for index, name in enumerate(BUCKETS if buckets is not None else ()):
         result[f"tokens_{name}"] = int(counts[index])

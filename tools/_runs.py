@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from _cli import ToolError
+from _cli import ToolError, read_json
+from _comparison import PERPLEXITIES, read_evaluation
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-RECORD = "run_record.json"
+RECORD, EVALUATION = "run_record.json", "evaluation.json"
+_EVENTS = "events.out.tfevents.*"
 # Flags that differ between runs whatever they are.
 _PLACES = ("--save", "--load", "--tensorboard-dir", "--data-cache-path")
-PERPLEXITIES = ("ppl", "ppl_high", "ppl_medium", "ppl_low")
 
 
 class NoCurve(ToolError):
@@ -64,9 +64,15 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 def _events(run: Path) -> Path | None:
     """Return the folder that holds a run's event files."""
     for folder in (run / "tensorboard", run):
-        if any(folder.glob("events.out.tfevents.*")):
+        if any(folder.glob(_EVENTS)):
             return folder
     return None
+
+
+def files_of(run: Path) -> list[Path]:
+    """List what `read_run` and `read_record` read of a run."""
+    events = sorted((_events(run) or run).glob(_EVENTS))
+    return [*events, run / EVALUATION, *_records(run)]
 
 
 def read_run(folder: Path, tag: str) -> Run:
@@ -98,14 +104,15 @@ def read_run(folder: Path, tag: str) -> Run:
 
 def _evaluation(folder: Path) -> dict[str, float] | None:
     """Read the evaluation of a run, if it has one."""
-    path = folder / "evaluation.json"
+    path = folder / EVALUATION
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {key: float(content[key]) for key in PERPLEXITIES if content.get(key) is not None}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ToolError(f"{path}: not an evaluation ({error}); run tools/evaluate.py") from error
+    content = read_evaluation(path)
+    return {key: content[key] for key in PERPLEXITIES if content.get(key) is not None}
+
+
+def _records(run: Path) -> list[Path]:
+    return [path for path in (run / RECORD, *run.glob(f"*/{RECORD}")) if path.is_file()]
 
 
 def read_record(folder: Path) -> dict[str, str]:
@@ -120,21 +127,22 @@ def read_record(folder: Path) -> dict[str, str]:
     Raises:
         ToolError: the record is damaged.
     """
-    found = [path for path in (folder / RECORD, *folder.glob(f"*/{RECORD}")) if path.is_file()]
+    found = _records(folder)
     if not found:
         return {}
     try:
-        start = json.loads(found[0].read_text(encoding="utf-8"))["starts"][-1]
+        start = read_json(found[0])["starts"][-1]
         blends = start["data"]["blends"]
-        return {
+        record = {
             **_flags(shlex.split(start["command"])[1:]),
             **start["versions"],
             "device": start["device"],
-            "processes": str(start["processes"]),
+            "processes": start["processes"],
             **{f"commit of {name}": _commit(state) for name, state in start["checkouts"].items()},
             "data": ", ".join(_data_name(pair) for blend in blends for pair in blend),
             "tokenizer": _tokenizer_name(start["data"]["tokenizer"]),
         }
+        return {name: str(value) for name, value in record.items()}
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ToolError(f"{found[0]}: not a run's record ({error!r})") from error
 

@@ -18,11 +18,13 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 import torch.distributed.checkpoint as dcp
 from _cli import ToolError
 from _megatron import megatron_module
+from _stored_args import check_common
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
@@ -76,7 +78,15 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def load_bytes(self, read_item: Any, value: BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+        self.state_dict[read_item.dest_index.fqn] = _load(value.read())
+
+
+def _load(content: bytes) -> Any:
+    """Read an object by torch's rules, after comparing checksums, which torch does not."""
+    with ZipFile(BytesIO(content)) as archive:
+        if damaged := archive.testzip():
+            raise pickle.UnpicklingError(f"the checksum of {damaged} is wrong")
+    return torch.load(BytesIO(content), weights_only=True)
 
 
 class Checkpoint:
@@ -94,10 +104,16 @@ class Checkpoint:
             if json.loads((folder / LAST_FILE).read_text())["sharded_backend"] != "torch_dist":
                 raise ToolError("expected --ckpt-format torch_dist")
             self._reader = _Reader(folder)
-        entries = self._reader.metadata.state_dict_metadata
-        self.tensors = {k: e for k, e in entries.items() if isinstance(e, TensorStorageMetadata)}
-        """Size and dtype by key, of weights and optimizer."""
-        self._objects = [key for key in entries if key not in self.tensors]
+            entries = self._reader.metadata.state_dict_metadata.items()
+            self.tensors = {k: e for k, e in entries if isinstance(e, TensorStorageMetadata)}
+            """Size and dtype by key, of weights and optimizer."""
+            self._objects = [key for key, _ in entries if key not in self.tensors]
+            self.weights = {
+                key: tuple(map(int, entry.size))
+                for key, entry in self.tensors.items()
+                if not key.startswith(_OF_THE_RUN)
+            }
+            """Sizes of the model's tensors by key."""
 
     def tensor(self, key: str) -> torch.Tensor:
         """Read one tensor whole, in its own dtype, onto the CPU."""
@@ -107,14 +123,18 @@ class Checkpoint:
         return target
 
     def common(self) -> dict[str, Any]:
-        """Read what Megatron stores beside the tensors: "args", "iteration" and others."""
-        common: dict[str, Any]
+        """Read what Megatron stores beside the tensors: "args", "iteration" and others.
+
+        Raises:
+            ToolError: it cannot be read, or is not what `check_common` expects.
+        """
         if COMMON in self._objects:
-            (common,) = self._read(COMMON, None)
-            return common
-        with self._errors():
-            common = torch.load(self.folder / _COMMON_BEFORE_0_19, weights_only=True)
-        return common
+            shards = self._read(COMMON, None)
+            common = shards[0] if isinstance(shards, list) and shards else None
+        else:
+            with self._errors():
+                common = _load((self.folder / _COMMON_BEFORE_0_19).read_bytes())
+        return check_common(self.folder, common, self.weights)
 
     def check_objects(self) -> None:
         """Read what a model may ask for, so that Megatron may read it after this.

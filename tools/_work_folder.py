@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import fcntl
+import glob
+import hashlib
 import json
+import os
 import re
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-from _cli import ToolError, write_whole
+from _cli import ToolError, read_json, write_whole
 from _documents import START, Position
 from _encode import Batch, Stream
 from _indexed_pair import GrowingPair, Sizes, publish, sync_folder
+from _output import keep_inputs, output_file, output_place
+
+# Names in the folder; LOCK is made first and removed last.
+LOCK = "lock"
+_NAMES = re.compile(rf"{LOCK}|progress(\.partial\.\d+)?|.+\.(bin|lengths|sequences|idx|info)")
 
 
 class WorkFolder:
@@ -23,7 +31,8 @@ class WorkFolder:
     The folder holds the pairs as `GrowingPair` and the file `progress`: the settings, the place in
     the input, and how much of each pair belongs to it. `save` brings the pairs to disk and then
     replaces `progress`, so the two always agree; the next run cuts off what came later. Until
-    `publish` nothing outside the folder is touched. Left without any `save`, it is removed.
+    `publish` nothing outside the folder is touched. Left without any `save`, it is removed, but for
+    files that are not ours.
     """
 
     def __init__(
@@ -51,7 +60,7 @@ class WorkFolder:
     def __enter__(self) -> WorkFolder:
         """Lock the folder and go on from what it holds."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self._folder / "lock").open("w")
+        self._lock = (self._folder / LOCK).open("w")
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -62,7 +71,7 @@ class WorkFolder:
 
     def _resume(self) -> None:
         """Read the progress of an earlier run."""
-        saved = json.loads(self._progress.read_text(encoding="utf-8"))
+        saved = self._read_progress()
         for name, value in self._settings.items():
             if saved["settings"].get(name) != value:
                 raise ToolError(
@@ -75,6 +84,15 @@ class WorkFolder:
             self._names[name], self._sizes[name] = (domain, key), Sizes(*sizes)
             if not self.complete:
                 self._open(name, self._sizes[name])
+
+    def _read_progress(self) -> dict[str, Any]:
+        try:
+            saved: dict[str, Any] = read_json(self._progress)
+            if saved.pop("checksum") == _checksum(saved):
+                return saved
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass
+        raise ToolError(f"{self._progress}: damaged; remove {self._folder} to start anew")
 
     def _open(self, name: str, sizes: Sizes) -> None:
         self._pairs[name] = GrowingPair(self._folder / name, self._dtype, sizes)
@@ -126,7 +144,8 @@ class WorkFolder:
             "complete": complete,
             "pairs": {name: [*self._names[name], *sizes] for name, sizes in self._sizes.items()},
         }
-        write_whole(self._progress, json.dumps(content) + "\n")
+        text = json.dumps({**content, "checksum": _checksum(content)})
+        write_whole(self._progress, text + "\n")
         sync_folder(self._folder)
         self.complete, self.unsaved = complete, 0
 
@@ -167,8 +186,46 @@ class WorkFolder:
         """Close the files, and remove a folder that nothing can go on from."""
         self._close()
         if not self._progress.exists():
-            shutil.rmtree(self._folder)
+            self._remove()
         self._lock.close()
+
+    def _remove(self) -> None:
+        held = sorted(os.listdir(self._folder), key=lambda name: name == LOCK)
+        for name in filter(_NAMES.fullmatch, held):
+            (self._folder / name).unlink()
+        if not os.listdir(self._folder):
+            self._folder.rmdir()
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_prefix(prefix: str, endings: Sequence[str], inputs: Sequence[str | Path]) -> None:
+    """Check, before any work, that pairs can be written and nothing is lost by it.
+
+    Args:
+        prefix: --output-prefix.
+        endings: what will stand behind PREFIX_ in the names of the pairs; glob patterns.
+        inputs: files and folders that are read.
+
+    Raises:
+        ToolError: there is no place, or an input or a file of somebody else is in the way.
+    """
+    flag = f"--output-prefix {prefix}"
+    output_place("--output-prefix", prefix + ".partial")
+    for ending in endings:
+        for suffix in (".bin", ".idx", ".info"):
+            for path in glob.glob(f"{glob.escape(prefix)}_{ending}{suffix}"):
+                output_file(flag, path, inputs)
+    folder = Path(prefix + ".partial")
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+        raise ToolError(f"{flag}: {folder} is in the way; choose another prefix")
+    held = sorted(os.listdir(folder)) if folder.exists() else []
+    others = [name for name in held if not _NAMES.fullmatch(name) or LOCK not in held]
+    if others:
+        raise ToolError(f"{flag}: {folder} holds other files ({others[0]}); choose another prefix")
+    keep_inputs(flag, [folder / name for name in held], inputs)
 
 
 def file_name(domain: str) -> str:

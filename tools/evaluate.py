@@ -37,8 +37,10 @@ from pathlib import Path
 from typing import Any
 
 from _cli import ToolError, new_parser, one_line_errors, write_whole
-from _comparison import Evaluation, read_evaluations, table
+from _comparison import Evaluation, read_evaluation, read_evaluations, table
 from _harness import PAPER_SHOTS, PAPER_TASKS, run_harness
+from _output import output_file
+from _pair_reader import files_of
 from token_frequency import BUCKETS
 
 PROG = "tools/evaluate.py"
@@ -58,8 +60,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             here and nothing else was asked for.
     """
     started = time.monotonic()
-    if args.output and not Path(args.output).resolve().parent.is_dir():
-        raise ToolError(f"no folder for --output {args.output}; make it first")
     result: dict[str, Any] = {}
     # First: the Hugging Face libraries read their environment once, and Megatron loads them too.
     if args.hf:
@@ -85,6 +85,36 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         )
         result = {**figures, **result}
     return {**result, "seconds": time.monotonic() - started}
+
+
+def output_of(args: argparse.Namespace) -> Path | None:
+    """Check --output before the work.
+
+    Returns:
+        The file to write, None for none.
+
+    Raises:
+        ToolError: it cannot be written, or is an input.
+    """
+    if args.output is None:
+        return None
+    inputs: list[Path] = [args.hf] if args.hf else []
+    if args.load:
+        from _checkpoint import TRACKER, checkpoint_folder
+
+        inputs += [checkpoint_folder(args.load, args.ckpt_step), Path(args.load, TRACKER)]
+        inputs += files_of(args.data_prefix)
+    if args.token_frequency:
+        inputs.append(Path(args.token_frequency))
+    return output_file("--output", args.output, [] if _is_evaluation(args.output) else inputs)
+
+
+def _is_evaluation(path: str) -> bool:
+    """Whether a file is an earlier evaluation, which may lie in the model's folder."""
+    try:
+        return bool(read_evaluation(Path(path)))
+    except (ToolError, OSError):
+        return False
 
 
 def _report_missing(harness: dict[str, Any], alone: bool) -> None:
@@ -122,12 +152,16 @@ def compare(args: argparse.Namespace) -> None:
     Raises:
         ToolError: a file is not an evaluation, or the picture cannot be written.
     """
+    if args.picture:
+        from _picture import picture_file
+
+        picture = picture_file("--picture", args.picture, args.compare)
     evaluations = read_evaluations(args.compare)
     print(table(evaluations))
     if args.picture:
         from _comparison_picture import draw
 
-        draw(evaluations, args.picture)
+        draw(evaluations, picture)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -187,6 +221,8 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error("--load and --data-prefix need each other")
     if args.picture and not args.compare:
         parser.error("--picture needs --compare")
+    if args.compare and args.output is not None:
+        parser.error("--output is for --load and --hf; --compare has --picture")
     if args.micro_batch_size < 1:
         parser.error(f"--micro-batch-size {args.micro_batch_size}: expected at least 1")
     if min(args.shots) < 0:
@@ -202,9 +238,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.compare:
             compare(args)
             return
+        output = output_of(args)
         result = evaluate(args)
-        if args.output:
-            write_whole(Path(args.output), json.dumps(result, indent=2) + "\n")
+        if output:
+            write_whole(output, json.dumps(result, indent=2) + "\n")
         if args.load:
             print(perplexity_table(result))
         if args.hf:

@@ -19,15 +19,16 @@ are not the Pile paper's. What the MiLe paper itself says about them is not conf
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from _cli import ToolError, new_parser, one_line_errors, write_whole
+from _cli import ToolError, new_parser, one_line_errors, read_json, write_whole
+from _output import output_file
+from _pair_reader import SUFFIXES, open_pair
 from _work_folder import file_name
-from token_frequency import open_pair
 
 PROG = "tools/pile_blend.py"
 # As in the source, where they sum to 1.6998.
@@ -81,11 +82,12 @@ def blend(folder: Path, renormalize: bool) -> list[Share]:
     Raises:
         ToolError: domains are missing, a pair is damaged or empty, or tokenizers differ.
     """
-    if any(character.isspace() for character in str(folder)):
-        raise ToolError(
-            f"{str(folder)!r}: Megatron splits blends at white space; rename the folder"
-        )
     prefixes = {domain: _pairs(folder, domain) for domain in WEIGHTS}
+    for prefix in itertools.chain([str(folder)], *prefixes.values()):
+        if not prefix.isprintable() or " " in prefix:
+            raise ToolError(
+                f"{prefix!r}: Megatron splits blends at white space and reads UTF-8; rename it"
+            )
     missing = [domain for domain, found in prefixes.items() if not found]
     if missing and (len(missing) == len(WEIGHTS) or not renormalize):
         raise ToolError(
@@ -116,7 +118,7 @@ def _check_tokenizers(prefixes: Sequence[str]) -> None:
         if not path.is_file():  # made by Megatron's own tool
             continue
         try:
-            mark = json.loads(path.read_text(encoding="utf-8"))["tokenizer"]
+            mark = read_json(path)["tokenizer"]
         except (ValueError, KeyError, TypeError):
             raise ToolError(f"{path}: damaged; preprocess the domain again") from None
         first = first or (mark, str(path))
@@ -170,11 +172,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line (default: that of the process)."""
     args = parse_args(argv)
     with one_line_errors(PROG):
+        if args.output:
+            pairs = [file for end in SUFFIXES for file in args.folder.glob(f"*{end}")]
+            output = output_file("--output", args.output, pairs)
         shares = blend(args.folder, args.renormalize)
         print(table(shares), file=sys.stderr)
         value = " ".join(f"{share.weight:.10f} {share.prefix}" for share in shares)
         if args.output:
-            write_whole(args.output, value + "\n")
+            write_whole(output, value + "\n")
         else:
             print(value)
 

@@ -15,18 +15,15 @@ their checkpoints, what differs between them is printed: flags, versions, commit
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-from _cli import ToolError, new_parser, one_line_errors
-from _runs import NoCurve, Run, differences, find_runs, read_record, read_run
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
+from _cli import new_parser, one_line_errors
+from _picture import picture_file, save
+from _runs import NoCurve, Run, differences, files_of, find_runs, read_record, read_run
 from matplotlib.axes import Axes
 
 PROG = "tools/plot_runs.py"
@@ -56,7 +53,7 @@ def draw(runs: Sequence[Run], tag: str, output: Path) -> None:
     Args:
         runs: at least one; bars are drawn for those that have an evaluation.
         tag: what the curves are, for the axis.
-        output: file to write, in the format that its suffix names.
+        output: from `picture_file`.
     """
     evaluated = [run for run in runs if run.evaluation]
     colours = {run.name: COLOURS[i % len(COLOURS)] for i, run in enumerate(runs)}
@@ -71,15 +68,7 @@ def draw(runs: Sequence[Run], tag: str, output: Path) -> None:
         _draw_bars(absolute, evaluated, colours)
         if compared:
             _draw_changes(figure.add_subplot(grid[1, 1]), evaluated, colours)
-    partial = output.with_name(f"{output.stem}.partial.{os.getpid()}{output.suffix}")
-    try:
-        figure.savefig(partial, dpi=150)
-        partial.replace(output)
-    except ValueError as error:
-        raise ToolError(f"--output {output}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-        plt.close(figure)
+    save(figure, output)
 
 
 def _draw_losses(axes: Axes, runs: Sequence[Run], colours: dict[str, str], tag: str) -> None:
@@ -157,12 +146,15 @@ def plot_runs(args: argparse.Namespace) -> None:
     Raises:
         ToolError: a run cannot be read, or the picture not be written.
     """
-    read = _read([Path(run) for run in args.runs], args.tag)
+    folders = find_runs([Path(run) for run in args.runs])
+    inputs = (file for folder in folders for file in files_of(folder))
+    output = picture_file("--output", args.output, inputs)
+    read = _read(folders, args.tag)
     if len({run.name for run in read.values()}) < len(read):
         read = {folder: run._replace(name=str(folder)) for folder, run in read.items()}
-    draw([*read.values()], args.tag, Path(args.output))
-    print(f"{args.output}: {len(read)} runs")
     records = {run.name: read_record(folder) for folder, run in read.items()}
+    draw([*read.values()], args.tag, output)
+    print(f"{args.output}: {len(read)} runs")
     print(table(differences({name: record for name, record in records.items() if record})), end="")
 
 
@@ -170,10 +162,10 @@ def _read(folders: Sequence[Path], tag: str) -> dict[Path, Run]:
     """Read the runs that have a curve, by their folders.
 
     Raises:
-        ToolError: a folder or a file in it cannot be used, or no run has a curve.
+        ToolError: a file in a folder cannot be used, or no run has a curve.
     """
     read, left_out = {}, []
-    for folder in find_runs(folders):
+    for folder in folders:
         try:
             read[folder] = read_run(folder, tag)
         except NoCurve as error:

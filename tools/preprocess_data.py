@@ -29,8 +29,10 @@ it, and the pair is PREFIX_text_sentence.
 from __future__ import annotations
 
 import argparse
+import glob
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -41,9 +43,9 @@ from _batch_tokenizer import fingerprint
 from _cli import new_parser, one_line_errors
 from _documents import find_files, read_records, total_bytes
 from _encode import Encoder, encode_all
-from _megatron import add_tokenizer_flags, build_tokenizer, megatron_module
+from _megatron import add_tokenizer_flags, build_tokenizer, megatron_module, tokenizer_files
 from _sentences import sentence_splitter
-from _work_folder import WorkFolder
+from _work_folder import WorkFolder, check_prefix
 from tqdm import tqdm
 
 PROG = "tools/preprocess_data.py"
@@ -59,6 +61,12 @@ def preprocess(args: argparse.Namespace) -> None:
         ToolError: the input, the tokenizer or the output cannot be used; an existing pair stays.
     """
     files = find_files(args.input)
+    level = "sentence" if args.split_sentences else "document"
+    check_prefix(
+        args.output_prefix,
+        [f"{'*_' * args.split_domains}{glob.escape(key)}_{level}" for key in args.json_keys],
+        [*files, *tokenizer_files(args)],
+    )
     tokenizer = build_tokenizer(args)
     # Below 65500 token ids Megatron stores 2 bytes a token, else 4.
     kinds = megatron_module("megatron.core.datasets.indexed_dataset").DType
@@ -72,7 +80,6 @@ def preprocess(args: argparse.Namespace) -> None:
         skip_bad_lines=args.skip_bad_lines,
         splitter=sentence_splitter(args.lang) if args.split_sentences else None,
     )
-    level = "sentence" if args.split_sentences else "document"
     settings = _settings(args, files, fingerprint(tokenizer, args))
     with WorkFolder(args.output_prefix, level, dtype, settings) as work:
         if not work.complete:
@@ -111,7 +118,7 @@ def _encode_files(
         print(f"going on after {shown:,} finished documents", file=sys.stderr)
     with tqdm(total=total_bytes(files), unit="B", unit_scale=True, disable=None) as bar:
         records = read_records(files, bar.update, work.position)
-        with closing(encode_all(records, encoder, args.workers)) as batches:
+        with closing(encode_all(records, encoder, _workers(args.workers))) as batches:
             for batch in batches:
                 work.add(batch)
                 for line in batch.bad_lines:
@@ -122,6 +129,14 @@ def _encode_files(
                     shown = work.documents
                     bar.set_postfix(documents=shown, refresh=False)
     work.save(complete=True)
+
+
+def _workers(asked: int) -> int:
+    """Return how many processes to start: what was asked for, or one for each core."""
+    cores = len(os.sched_getaffinity(0))
+    if asked > cores:
+        print(f"{PROG}: --workers {asked}: using {cores}, one for each core", file=sys.stderr)
+    return min(asked, cores)
 
 
 def _positive(text: str) -> int:
@@ -157,7 +172,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="name and count lines that are no JSON object of UTF-8 text, and go on",
     )
-    add("--workers", type=_positive, default=1, help="processes (default: %(default)s)")
+    add(
+        "--workers",
+        type=_positive,
+        default=1,
+        help="processes, at most one for each core (default: %(default)s)",
+    )
     add(
         "--log-interval",
         type=_positive,

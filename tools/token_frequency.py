@@ -20,15 +20,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _cli import ToolError, new_parser, one_line_errors, write_whole
-from _indexed_pair import INDEX_HEADER, INDEX_MAGIC
-from _megatron import add_tokenizer_flags, build_tokenizer, megatron_module
+from _cli import ToolError, new_parser, one_line_errors, read_json, write_whole
+from _megatron import add_tokenizer_flags, build_tokenizer, check_vocabulary, tokenizer_files
+from _output import output_file
+from _pair_reader import files_of, open_pair
 from tqdm import tqdm
 
 PROG = "tools/token_frequency.py"
@@ -69,14 +69,24 @@ def load_buckets(path: str | Path) -> np.ndarray:
         OSError: it cannot be read.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        bucket = np.array(content["bucket"], dtype=np.int8)
-        whole = bucket.shape == (content["vocab_size"],) and bool(np.isin(bucket, (0, 1, 2)).all())
+        content = read_json(path)
+        if _is_whole(content):
+            return np.array(content["bucket"], dtype=np.int8)
     except (ValueError, KeyError, TypeError, OverflowError):
-        whole = False
-    if not whole:
-        raise ToolError(f"{path}: not a token frequency file; make it with {PROG}")
-    return bucket
+        pass
+    raise ToolError(f"{path}: not a token frequency file; make it with {PROG}")
+
+
+def _is_whole(content: dict[str, Any]) -> bool:
+    """Whether there is a bucket for each token id, the one that its count gives."""
+    bucket, counts = content["bucket"], content["counts"]
+    numbers = (content["vocab_size"], content["tokens"], *bucket, *counts)
+    return (
+        all(type(number) is int and number >= 0 for number in numbers)
+        and len(bucket) == len(counts) == content["vocab_size"] > 0
+        and sum(counts) == content["tokens"] > 0
+        and assign_buckets(np.array(counts, dtype=np.int64)).tolist() == bucket
+    )
 
 
 def count_tokens(prefix: str, counts: np.ndarray) -> None:
@@ -102,52 +112,6 @@ def count_tokens(prefix: str, counts: np.ndarray) -> None:
                 )
             counts += np.bincount(ids, minlength=len(counts))
             bar.update(size)
-
-
-def open_pair(prefix: str) -> tuple[Any, int]:
-    """Open a pair of Megatron's after checking that both files are whole.
-
-    Args:
-        prefix: path of the pair without suffix.
-
-    Returns:
-        Megatron's IndexedDataset, read without a memory map, and its number of tokens.
-
-    Raises:
-        ToolError: a file is missing, damaged or cut short.
-    """
-    for suffix in (".idx", ".bin"):
-        if not os.path.isfile(prefix + suffix):
-            raise ToolError(
-                f"no file {prefix}{suffix}; --data-prefix is the path without .bin or .idx, and an"
-                " interrupted preprocessing leaves no .idx"
-            )
-    _check_index(Path(prefix + ".idx"))
-    module = megatron_module("megatron.core.datasets.indexed_dataset")
-    try:
-        # Plain reads instead of a memory map: memory stays at one block.
-        dataset = module.IndexedDataset(prefix, mmap=False)
-        tokens = int(dataset.sequence_lengths.sum(dtype=np.int64))
-    except Exception as error:  # Megatron checks with assert, NumPy raises several kinds
-        raise ToolError(f"{prefix}.idx: damaged ({error}); preprocess the data again") from error
-    held, expected = os.path.getsize(prefix + ".bin"), tokens * dataset.index.dtype_size
-    if held != expected:
-        raise ToolError(
-            f"{prefix}.bin: {held} bytes, but its .idx describes {expected}; preprocess it again"
-        )
-    return dataset, tokens
-
-
-def _check_index(path: Path) -> None:
-    """Refuse an index whose header or size is wrong: Megatron's reader fails at length on one."""
-    with path.open("rb") as file:
-        header = file.read(INDEX_HEADER.size)
-    if len(header) == INDEX_HEADER.size:
-        magic, version, _, sequences, documents = INDEX_HEADER.unpack(header)
-        needed = INDEX_HEADER.size + sequences * (4 + 8) + documents * 8
-        if (magic, version) == (INDEX_MAGIC, 1) and path.stat().st_size >= needed:
-            return
-    raise ToolError(f"{path}: not a whole Megatron index; preprocess the data again")
 
 
 def summarize(counts: np.ndarray, source: Sequence[str]) -> dict[str, Any]:
@@ -176,18 +140,21 @@ def token_frequency(args: argparse.Namespace) -> None:
     Raises:
         ToolError: the data or the tokenizer cannot be used; nothing is written.
     """
+    inputs = [file for prefix in args.data_prefix for file in files_of(prefix)]
+    name = args.output
+    if name is None:
+        name = f"{args.data_prefix[0]}_token_frequency.json"
+    output = output_file("--output", name, [*inputs, *tokenizer_files(args)])
     size = build_tokenizer(args).vocab_size if args.tokenizer_type else args.vocab_size
-    if size < 1:
-        raise ToolError(f"--vocab-size {size}: expected a positive number")
+    check_vocabulary(size)
     counts = np.zeros(size, dtype=np.int64)
     for prefix in args.data_prefix:
         count_tokens(prefix, counts)
     if not counts.any():
         raise ToolError(f"no tokens in {' '.join(args.data_prefix)}")
     content = summarize(counts, args.data_prefix)
-    output = Path(args.output or f"{args.data_prefix[0]}_token_frequency.json")
     write_whole(output, json.dumps(content) + "\n")
-    print(f"{output}: {content['tokens']:,} tokens\n{'bucket':8}{'token ids':>12}{'share':>10}")
+    print(f"{name}: {content['tokens']:,} tokens\n{'bucket':8}{'token ids':>12}{'share':>10}")
     for name in BUCKETS:
         print(f"{name:8}{content['sizes'][name]:>12,}{content['shares'][name]:>10.2%}")
 

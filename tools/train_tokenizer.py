@@ -24,8 +24,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from _cli import ToolError, new_parser, one_line_errors
+from _cli import ToolError, new_parser, one_line_errors, partial_path
 from _documents import find_files, read_records, total_bytes
+from _megatron import check_vocabulary
+from _output import output_file, output_place
 from _texts import content_of, texts_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -34,6 +36,7 @@ PROG = "tools/train_tokenizer.py"
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 SMALLEST_VOCABULARY = 256 + 2  # every byte, and the special tokens
+LARGEST_FREQUENCY = 2**31 - 1
 # In the order in which they are put in place: tokenizer.json makes the folder usable.
 FILES = ("tokenizer_config.json", "tokenizer.json")
 
@@ -71,7 +74,7 @@ def save(tokenizer: Tokenizer, output: Path) -> None:
         tokenizer: from `train`.
         output: the folder; one that `check_output` let pass may exist.
     """
-    partial = output.with_name(f"{output.name}.partial.{os.getpid()}")
+    partial = partial_path(output)
     partial.mkdir(parents=True)
     try:
         config = {
@@ -81,8 +84,10 @@ def save(tokenizer: Tokenizer, output: Path) -> None:
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],  # LLaMA knows no other
         }
-        (partial / FILES[0]).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(str(partial / FILES[1]))
+        # The library's own `save` ends in an error of no kind where the disk is full.
+        contents = (json.dumps(config, indent=2) + "\n", tokenizer.to_str(pretty=True))
+        for name, content in zip(FILES, contents, strict=True):
+            (partial / name).write_text(content, encoding="utf-8")
         if output.exists():
             for name in FILES:
                 (partial / name).replace(output / name)
@@ -92,15 +97,17 @@ def save(tokenizer: Tokenizer, output: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse a folder whose content would be lost or mixed with other files.
+def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
+    """Refuse a folder that cannot be written, or whose content would be lost or mixed with others.
 
     Args:
         output: folder to write.
         overwrite: whether the files of an earlier tokenizer may be replaced.
+        inputs: files of the corpus.
 
     Raises:
-        ToolError: the folder holds a tokenizer and `overwrite` is not set, or other files.
+        ToolError: the folder holds a tokenizer and `overwrite` is not set, or an input, or other
+            files; or it cannot be made.
     """
     held = sorted(os.listdir(output)) if output.exists() else []
     others = [name for name in held if name not in FILES]
@@ -108,6 +115,10 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise ToolError(f"--output {output} holds other files ({others[0]}); choose a new folder")
     if held and not overwrite:
         raise ToolError(f"--output {output} holds a tokenizer; give --overwrite or a new folder")
+    for name in held:
+        output_file("--output", output / name, inputs)
+    for path in (output, output / FILES[-1]):
+        output_place("--output", path)
 
 
 def train_tokenizer(args: argparse.Namespace) -> None:
@@ -119,14 +130,12 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     Raises:
         ToolError: the input or the output folder cannot be used; nothing is changed.
     """
-    if args.vocab_size < SMALLEST_VOCABULARY:
-        raise ToolError(
-            f"--vocab-size {args.vocab_size}: expected at least {SMALLEST_VOCABULARY}, the 256"
-            " bytes and two special tokens"
-        )
-    output = Path(os.path.abspath(args.output))
-    check_output(output, args.overwrite)
+    check_vocabulary(args.vocab_size, SMALLEST_VOCABULARY)
+    if not 1 <= args.min_frequency <= LARGEST_FREQUENCY:
+        raise ToolError(f"--min-frequency {args.min_frequency}: expected 1 to {LARGEST_FREQUENCY}")
     files = find_files(args.input)
+    output = Path(os.path.realpath(args.output))
+    check_output(output, args.overwrite, files)
     characters = 0
 
     def corpus(bar: tqdm) -> Iterator[str]:
@@ -157,7 +166,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="files, folders or glob patterns")
     add("--json-keys", nargs="+", default=["text"], help="keys to learn from (default: text)")
-    add("--vocab-size", type=int, default=4096, help="number of token ids (default: %(default)s)")
+    add(
+        "--vocab-size",
+        type=int,
+        default=4096,
+        help="number of token ids, 256 bytes and two special tokens among them (default: "
+        "%(default)s)",
+    )
     add(
         "--min-frequency",
         type=int,

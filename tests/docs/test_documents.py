@@ -105,9 +105,7 @@ def test_missing_of_tree_finds_files_at_every_depth() -> None:
     "name",
     [
         "README.md",
-        pytest.param(
-            "docs/design.md", marks=pytest.mark.xfail(strict=True, reason="the files move there")
-        ),
+        "docs/design.md",
     ],
 )
 def test_tree_is_there(name: str) -> None:
@@ -115,7 +113,6 @@ def test_tree_is_there(name: str) -> None:
     assert missing_of_tree(tree) == []
 
 
-@pytest.mark.xfail(strict=True, reason="objectives become one record each")
 def test_the_objective_of_the_design_is_one_file(tmp_path: Path) -> None:
     (block,) = blocks(text_of("docs/design.md"), "python")
     shutil.copytree(ROOT / "megatron_mile", tmp_path / "megatron_mile")

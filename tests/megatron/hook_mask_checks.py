@@ -127,7 +127,7 @@ def _check_step(
     model: Any, logits: torch.Tensor, step: Any, config: ObjectiveConfig, name: str, number: int
 ) -> None:
     mask = masks(torch.distributed.get_rank())[number]
-    truth = helpers.oracle(logits, batch()[1], "mile", config.gamma, config.sigma)
+    truth = helpers.oracle(logits, batch()[1], config)
     leaf = logits.transpose(0, 1).contiguous().requires_grad_()
     output, loss_func = step((leaf, loss_functions(mask)[name]), model)
     assert helpers.error(output, truth.nll) < SAME  # plain cross-entropy

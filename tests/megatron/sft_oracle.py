@@ -19,6 +19,7 @@ import conversations
 import helpers
 import torch
 
+from megatron_mile import ObjectiveConfig
 from megatron_mile.launch import prepare_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +60,8 @@ class Oracle:
         args = get_args()
         with torch.no_grad():
             logits = model(words[None], torch.arange(len(words))[None], None)[0]
-        truth = helpers.oracle(logits[:-1], words[1:], "mile", args.mile_gamma, args.mile_sigma)
+        config = ObjectiveConfig("mile", args.mile_gamma, args.mile_sigma)
+        truth = helpers.oracle(logits[:-1], words[1:], config)
         said = slice(words.tolist().index(ASSISTANT), None)
         return truth.nll[said], truth.weight[said]
 

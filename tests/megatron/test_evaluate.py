@@ -9,6 +9,7 @@ import pytest
 from training_runs import MILE, REPOSITORY, TP2, TrainingRuns, python
 
 EVALUATE = REPOSITORY / "tools" / "evaluate.py"
+FREQUENCY = REPOSITORY / "tools" / "token_frequency.py"
 HERE = Path(__file__).resolve().parent
 LENGTH = 64  # --seq-length of the runs
 VOCABULARY = 251
@@ -18,11 +19,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def held_out(runs: TrainingRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a pair of documents, and frequencies with bucket = id modulo 3."""
+    """A folder with a pair of documents, and the frequencies of its tokens."""
     folder = tmp_path_factory.mktemp("held_out")
     assert runs.call(HERE / "write_documents.py", folder / "text").returncode == 0
-    content = {"vocab_size": VOCABULARY, "bucket": [index % 3 for index in range(VOCABULARY)]}
-    (folder / "frequency.json").write_text(json.dumps(content))
+    count = ("--data-prefix", folder / "text", "--vocab-size", str(VOCABULARY))
+    done = runs.call(FREQUENCY, *count, "--output", folder / "frequency.json")
+    assert done.returncode == 0, done.stdout
     return folder
 
 
@@ -72,7 +74,8 @@ def test_evaluate_refuses_what_does_not_fit(
     folder = held_out
     checkpoint = runs.train(2, MILE, TP2, save=True).checkpoint
     small = tmp_path / "small.json"
-    small.write_text(json.dumps({"vocab_size": 5, "bucket": [0, 0, 1, 1, 2]}))
+    counts = {"tokens": 100, "counts": [80, 0, 15, 0, 5], "bucket": [0, 2, 1, 2, 2]}
+    small.write_text(json.dumps({"vocab_size": 5, **counts}))
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "latest_checkpointed_iteration.txt").write_text("12")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ sys.path.insert(0, str(TOOLS))
 
 import preprocess_data  # noqa: E402  (the tools' own modules need the path above)
 import train_tokenizer  # noqa: E402
+from tool_forker import ToolForker  # noqa: E402
 
 # Cut into about 1000 documents: more than the batches that two workers may have in flight.
 SOURCES = ("argparse.py", "ast.py", "difflib.py", "enum.py", "inspect.py", "pickle.py", "typing.py")
@@ -77,6 +78,22 @@ def llama_checkpoint(texts: list[str], tmp_path_factory: pytest.TempPathFactory)
     save_llama(folder, vocab_size=600)
     train_sentencepiece(texts, folder)
     return convert("megatron", folder, folder / "megatron")
+
+
+@pytest.fixture(scope="session")
+def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ToolForker]:
+    """Runs tools as processes of their own."""
+    forker = ToolForker(tmp_path_factory.mktemp("forker"))
+    yield forker
+    forker.close()
+
+
+@pytest.fixture(scope="session")
+def sample(texts: list[str], forker: ToolForker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an input of every kind, see `samples`; not to be changed."""
+    import samples  # the import takes seconds
+
+    return samples.make(tmp_path_factory.mktemp("sample") / "sample", texts, forker)
 
 
 @pytest.fixture

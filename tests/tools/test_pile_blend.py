@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from _pair_reader import open_pair
 from megatron.core.datasets.utils import get_blend_from_list
 from pile_blend import WEIGHTS, main
 from preprocess_data import main as preprocess
-from token_frequency import open_pair
 
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size"]
 # What the normalised weights are in percent, from the notes on the paper.

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import _encode
 import numpy as np
 import pytest
 import sentencepiece
@@ -88,11 +89,41 @@ def test_main_every_format_gives_the_same_pair(
 # 2 keeps a full window of batches in flight, 3 shares them unevenly.
 @pytest.mark.parametrize("workers", [2, 3])
 def test_main_workers_do_not_change_the_pair(
-    workers: int, tmp_path: Path, corpus: Path, hf_flags: list[str], whole: Path
+    workers: int,
+    tmp_path: Path,
+    corpus: Path,
+    hf_flags: list[str],
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(workers))
     flags = ["--input", str(corpus), "--output-prefix", str(tmp_path / "c"), "--append-eod"]
     main([*flags, "--workers", str(workers), *hf_flags])
     assert pair_bytes(tmp_path / "c") == pair_bytes(whole)
+
+
+@pytest.mark.parametrize("asked", [3, 100_000, 10**30])
+def test_main_workers_are_bounded_by_the_cores(
+    asked: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    started = []
+    pool = _encode.ProcessPoolExecutor
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(
+        "_encode.ProcessPoolExecutor",
+        lambda workers, *args, **more: started.append(workers) or pool(workers, *args, **more),
+    )
+    (tmp_path / "in.txt").write_text("1 2")
+    flags = ["--input", str(tmp_path / "in.txt"), "--output-prefix", str(tmp_path / "c")]
+    main(
+        [*flags, "--tokenizer-type", "NullTokenizer", "--vocab-size", "9", "--workers", str(asked)]
+    )
+    said = f"tools/preprocess_data.py: --workers {asked}: using 2, one for each core\n"
+    assert said in capsys.readouterr().err
+    assert started == [2]
 
 
 def test_main_list_of_strings_makes_sequences_of_one_document(tmp_path: Path) -> None:
@@ -198,6 +229,8 @@ def test_main_unusable_flags_are_named_and_write_nothing(
     for expected, flags in {
         "no input file at": ["--input", tmp_path / "*.jsonl", *out, *null],
         "or a folder with files named": ["--input", tmp_path / "empty", *out, *null],
+        "--vocab-size 0: expected 1 to 16777216": [*inputs, *out, *null, "--vocab-size", 0],
+        "--vocab-size 99999999999: expected": [*inputs, *out, *null, "--vocab-size", 99999999999],
         "NullTokenizer needs --vocab-size": [*inputs, *out, "--tokenizer-type", "NullTokenizer"],
         "needs --tokenizer-model": [*inputs, *out, "--tokenizer-type", "Llama2Tokenizer"],
         "no tokenizer at": [*inputs, *out, *hf, tmp_path / "nowhere"],

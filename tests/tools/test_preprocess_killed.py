@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from _pair_reader import open_pair
 from pair_files import files_below, pair_bytes
 from preprocess_data import main
-from token_frequency import open_pair
 
 # The tool forks; so does Megatron's own. What pytest has loaded beside it starts threads.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -188,6 +189,85 @@ def test_main_resume_names_a_truncated_file(
     line = failure(main, *begun, "--skip-bad-lines")
     assert line.startswith(f"{path}: ")
     assert "were finished; remove" in line
+
+
+DAMAGED = {
+    "empty": b"",
+    "cut": b'{"settings": {"tokenizer": "65',
+    "no text": b"\xff\xfe\0",
+    "a list": b"[]",
+    "a number": b"3",
+    "of another version": b'{"settings": 3}',
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", [*DAMAGED, "position", "documents", "sizes", "complete"])
+def test_main_resume_names_a_damaged_progress_file(
+    kind: str, begun: list[object], tmp_path: Path, failure: Callable[..., str]
+) -> None:
+    path = tmp_path / "out" / "c.partial" / "progress"
+    saved = json.loads(path.read_text())
+    # Each is possible, and would give a pair with documents twice or not at all.
+    saved["position"] = [0, 3] if kind == "position" else saved["position"]
+    saved["documents"] += kind == "documents"
+    saved["pairs"]["text_document"][2] -= kind == "sizes"
+    saved["complete"] = kind == "complete"
+    path.write_bytes(DAMAGED.get(kind, json.dumps(saved).encode()))
+    before = files_below(tmp_path / "out")
+    message = failure(main, *begun, "--skip-bad-lines")
+    assert message == f"{path}: damaged; remove {path.parent} to start anew"
+    assert files_below(tmp_path / "out") == before
+    shutil.rmtree(path.parent)
+    main([*map(str, begun), "--skip-bad-lines"])
+
+
+@pytest.fixture
+def complete(
+    tmp_path: Path, numbers: Path, failure: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> list[object]:
+    """Flags of a run that has encoded everything and was stopped before it was put in place."""
+
+    def stop(*args: object) -> None:
+        raise OSError("stopped")
+
+    flags = ["--input", numbers, "--output-prefix", tmp_path / "out" / "c", *NULL]
+    with monkeypatch.context() as patch:
+        patch.setattr("_work_folder.publish", stop)
+        assert failure(main, *flags) == "stopped"
+    return flags
+
+
+# A token more or less shows in the sizes; another token is as good as the one before.
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [
+        *itertools.product(["cut", "longer"], [".bin", ".lengths", ".sequences"]),
+        *itertools.product(["other"], [".lengths", ".sequences"]),
+    ],
+)
+def test_main_publishing_names_a_damaged_file(
+    kind: str, suffix: str, complete: list[object], tmp_path: Path, failure: Callable[..., str]
+) -> None:
+    path = tmp_path / "out" / "c.partial" / f"text_document{suffix}"
+    content = path.read_bytes()
+    damaged = {"cut": content[:-1], "longer": content + b"\0", "other": b"\7" + content[1:]}
+    path.write_bytes(damaged[kind])
+    before = files_below(tmp_path / "out").keys()
+    message = failure(main, *complete)
+    assert message == f"{path}: damaged or lost; remove {path.parent} and start anew"
+    assert files_below(tmp_path / "out").keys() - before <= {str(path.with_suffix(".idx"))}
+    path.write_bytes(content)
+    main([*map(str, complete)])
+    assert open_pair(f"{tmp_path}/out/c_text_document")[1] > 0
+
+
+def test_main_publishing_does_not_take_lost_files_for_done(
+    complete: list[object], tmp_path: Path, failure: Callable[..., str]
+) -> None:
+    path = tmp_path / "out" / "c.partial" / "text_document.bin"
+    path.unlink()
+    assert failure(main, *complete).startswith(f"{path}: damaged or lost; remove")
 
 
 def test_main_second_run_with_the_same_prefix_is_refused(

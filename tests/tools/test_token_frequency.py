@@ -13,9 +13,11 @@ import preprocess_data
 import pytest
 import token_frequency
 from _cli import ToolError
+from _indexed_pair import INDEX_HEADER
+from _megatron import megatron_module
 from hypothesis import given
 from hypothesis import strategies as st
-from token_frequency import BUCKETS, assign_buckets, load_buckets, main
+from token_frequency import BUCKETS, assign_buckets, load_buckets, main, summarize
 
 
 def make_pair(prefix: Path, documents: list[list[int]], vocab_size: int) -> Path:
@@ -109,6 +111,13 @@ def test_main_takes_the_vocabulary_from_a_tokenizer(
     assert rows[2].split() == ["low", "510", "0.00%"]
 
 
+def _with(path: Path, place: int, byte: int, count: int = 1) -> bytes:
+    """The content of a file with other bytes at one place."""
+    content = bytearray(path.read_bytes())
+    content[place : place + count] = bytes([byte]) * count
+    return bytes(content)
+
+
 def _damage(pair: Path, kind: str) -> None:
     """Damage the pair in the way that `kind` names."""
     bin_, idx = Path(f"{pair}.bin"), Path(f"{pair}.idx")
@@ -128,8 +137,14 @@ def _damage(pair: Path, kind: str) -> None:
         idx.write_bytes(b"")
     elif kind == "idx content":  # the last document ends behind the last sequence
         idx.write_bytes(idx.read_bytes()[:-8] + (99).to_bytes(8, "little"))
+    elif kind == "idx sequence":  # the second sequence begins elsewhere
+        idx.write_bytes(_with(idx, INDEX_HEADER.size + 2 * 4 + 8, 2))
+    elif kind == "idx document":  # the second document begins before the first
+        idx.write_bytes(_with(idx, idx.stat().st_size - 16, 0xF0, 8))
+    elif kind.startswith("type"):
+        idx.write_bytes(_with(idx, INDEX_HEADER.size - 17, int(kind.split()[1])))
     elif kind == "no tokens":
-        module = token_frequency.megatron_module("megatron.core.datasets.indexed_dataset")
+        module = megatron_module("megatron.core.datasets.indexed_dataset")
         writer = module.IndexedDatasetBuilder(str(bin_), np.uint16)
         writer.add_document(np.array([]), [])
         writer.finalize(str(idx))
@@ -147,7 +162,13 @@ def _damage(pair: Path, kind: str) -> None:
         ("idx truncated", "{}.idx: not a whole Megatron index"),
         ("idx header", "{}.idx: not a whole Megatron index"),
         ("idx empty", "{}.idx: not a whole Megatron index"),
-        ("idx content", "{}.idx: damaged ("),
+        ("idx content", "{}.idx: damaged; preprocess"),
+        ("idx sequence", "{}.idx: damaged; preprocess"),
+        ("idx document", "{}.idx: damaged; preprocess"),
+        ("type 99", "{}.idx: the type of its tokens is 99; expected 1 for uint8, 2 for int8, 3"),
+        ("type 0", "{}.idx: the type of its tokens is 0; expected"),
+        ("type 7", "{}.idx: the type of its tokens is 7; expected"),  # a float
+        ("type 4", "{}.idx: damaged; preprocess"),  # 4 bytes each
         ("no tokens", "no tokens in {}"),
         ("another tokenizer", "{}.bin: token ids 0 to 9 do not fit the vocabulary of 9"),
     ],
@@ -167,12 +188,40 @@ def test_main_wrong_flags_are_named(tmp_path: Path, failure: Callable[..., str])
     assert "--vocab-size, or --tokenizer-type" in failure(main, "--data-prefix", "a", status=2)
     flags = ["--data-prefix", "a", "b", "--vocab-size", 9]
     assert "give --output with more than one" in failure(main, *flags, status=2)
-    assert "--vocab-size 0: expected" in failure(main, "--data-prefix", "a", "--vocab-size", 0)
+    for size in (0, -5, 2**24 + 1, 10**9, 10**30):
+        message = failure(main, "--data-prefix", tmp_path / "a", "--vocab-size", size)
+        assert message == f"--vocab-size {size}: expected 1 to 16777216"
+
+
+def _frequencies(**changes: object) -> str:
+    """A file as `main` writes it, but for the changes; None leaves an entry out."""
+    content = {**summarize(np.array([5, 90, 0, 5]), ["a"]), **changes}
+    return json.dumps({key: value for key, value in content.items() if value is not None})
+
+
+def test_load_buckets_reads_what_summarize_gives(tmp_path: Path) -> None:
+    (tmp_path / "good.json").write_text(_frequencies())
+    assert load_buckets(tmp_path / "good.json").tolist() == [1, 0, 2, 2]
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"vocab_size": 2, "bucket": [0]}', '{"vocab_size": 1, "bucket": [3]}'],
+    [
+        *("", "[]", "{}", "null", "[" * 100_000),
+        _frequencies(bucket=[1, 0, 2]),
+        _frequencies(bucket=[1, 0, 2, 3]),
+        _frequencies(bucket=[1, 0, 2, 1]),  # of numbers that are possible, and wrong
+        _frequencies(bucket=[1.0, 0.0, 2.0, 2.5]),
+        _frequencies(bucket=["1", "0", "2", "2"]),
+        _frequencies(bucket=[True, False, 2, 2]),
+        _frequencies(bucket=None),
+        _frequencies(counts=None),
+        _frequencies(counts=[5, 90, 0, 6]),
+        _frequencies(counts=[5, 90, 0, 10**30]),
+        _frequencies(tokens=99),
+        _frequencies(vocab_size=True),
+        _frequencies(vocab_size=5),
+    ],
 )
 def test_load_buckets_refuses_other_files(content: str, tmp_path: Path) -> None:
     path = tmp_path / "buckets.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,7 @@ from _megatron import megatron_module
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
+from tool_forker import ToolForker
 from train_tokenizer import END_OF_TEXT, PADDING, main
 
 TOOL = Path(sys.modules["train_tokenizer"].__file__ or "")
@@ -139,9 +141,76 @@ def test_main_unusable_input_is_named_and_writes_nothing(
         "empty corpus: no text in": ["--input", tmp_path / "empty.txt", *out],
         "bad.jsonl:2: malformed JSON": ["--input", tmp_path / "bad.jsonl", *out],
         "latin.txt: not UTF-8": ["--input", tmp_path / "latin.txt", *out],
-        "--vocab-size 257: expected at least 258": ["--input", corpus, *out, "--vocab-size", 257],
+        "--vocab-size 257: expected 258 to": ["--input", corpus, *out, "--vocab-size", 257],
         "empty.txt: Not a directory": ["--input", corpus, "--output", tmp_path / "empty.txt"],
-        "Not a directory": ["--input", corpus, "--output", tmp_path / "empty.txt" / "out"],
+        "empty.txt is no folder": ["--input", corpus, "--output", tmp_path / "empty.txt" / "out"],
     }.items():
         assert expected in failure(main, *flags)
         assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--vocab-size", -1, "258 to 16777216"),
+        ("--vocab-size", 257, "258 to 16777216"),
+        ("--vocab-size", 2**24 + 1, "258 to 16777216"),
+        ("--vocab-size", 2**63 - 1, "258 to 16777216"),
+        ("--vocab-size", 10**30, "258 to 16777216"),
+        ("--min-frequency", -1, "1 to 2147483647"),
+        ("--min-frequency", 0, "1 to 2147483647"),
+        ("--min-frequency", 2**64, "1 to 2147483647"),
+    ],
+)
+def test_main_numbers_out_of_range_are_named(
+    flag: str, value: int, expected: str, corpus: Path, tmp_path: Path, failure: Callable[..., str]
+) -> None:
+    message = failure(main, "--input", corpus, "--output", tmp_path / "out", flag, value)
+    assert message == f"{flag} {value}: expected {expected}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_main_takes_the_largest_numbers(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("aa " * 4)
+    flags = ["--vocab-size", str(2**24), "--min-frequency", str(2**31 - 1)]
+    main(["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out"), *flags])
+    assert len(contents(tmp_path / "out")) == 2
+
+
+def _mounted(folder: Path, size: str) -> bool:
+    """Put a file system of this size at the folder, where that is allowed."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_main_full_disk_is_one_line_and_leaves_nothing(
+    corpus: Path, tmp_path: Path, forker: ToolForker
+) -> None:
+    disk, flags = tmp_path / "disk", ("--input", corpus, "--vocab-size", 512)
+    disk.mkdir()
+    mounted = _mounted(disk, "16k")
+    try:
+        # Where nothing can be mounted, no file may be larger than a part of the tokenizer.
+        limits = {} if mounted else {"RLIMIT_FSIZE": 16000}
+        done = forker.run("train_tokenizer", (*flags, "--output", disk / "new"), tmp_path, **limits)
+        left = list(disk.iterdir())
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(disk)], check=True)
+    assert (done.code, done.out, left) == (1, "", [])
+    reason = "No space left on device" if mounted else "File too large"
+    (line,) = done.err.splitlines()
+    assert line.startswith("tools/train_tokenizer.py: error: ")
+    assert line.endswith(reason)
+
+
+def test_main_file_size_limit_keeps_an_earlier_tokenizer(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path, forker: ToolForker
+) -> None:
+    shutil.copytree(tokenizer_folder, tmp_path / "new")
+    flags = ("--input", corpus, "--vocab-size", 300, "--output", "new", "--overwrite")
+    done = forker.run("train_tokenizer", flags, tmp_path, RLIMIT_FSIZE=5000)
+    assert done.code == 1
+    assert done.err.endswith("File too large\n")
+    assert contents(tmp_path / "new") == contents(tokenizer_folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

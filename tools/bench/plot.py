@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -24,11 +23,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
-import matplotlib  # noqa: E402
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from _cli import ToolError, new_parser, one_line_errors  # noqa: E402
+from _picture import picture_file, save  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 from megatron_mile.objectives import OBJECTIVES  # noqa: E402
@@ -151,10 +148,7 @@ def _draw(
     for axes in places[len(panels) :]:
         axes.set_axis_off()
     figure.suptitle(title, wrap=True)
-    partial = output.with_name(f"{output.stem}.partial.{os.getpid()}{output.suffix}")
-    figure.savefig(partial, dpi=130)
-    partial.replace(output)
-    plt.close(figure)
+    save(figure, output, dpi=130)
 
 
 def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
@@ -231,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for pictures, draw in ((times, draw_times), (memories, draw_memories)):
             for name, panels in pictures.items():
-                draw(panels, folder / name)
+                draw(panels, picture_file("--output", folder / name, [args.input]))
                 print(folder / name)
 
 

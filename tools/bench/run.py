@@ -38,6 +38,7 @@ import torch  # noqa: E402
 from _case import DTYPES, Case  # noqa: E402
 from _cli import ToolError, new_parser, one_line_errors  # noqa: E402
 from _conditions import conditions  # noqa: E402
+from _output import output_file  # noqa: E402
 from _provider import BASELINE, FLOOR  # noqa: E402
 from _providers import providers  # noqa: E402
 from _rounds import run_case  # noqa: E402
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         ToolError: the flags do not fit together or the machine, or the output is no table of ours.
     """
     _check_flags(args)
-    output = Path(args.output)
+    output = output_file("--output", args.output, [])
     read_whole(output, COLUMNS)  # fails now rather than after the minutes of measuring
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = max(1, args.threads // args.tp)

@@ -40,6 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "examples")]
 import numpy as np  # noqa: E402
 from _cli import ToolError, new_parser, one_line_errors  # noqa: E402
 from _conditions import conditions  # noqa: E402
+from _output import output_file  # noqa: E402
 from _steps import StepError, torchrun  # noqa: E402
 from _steps import run as run_child  # noqa: E402
 from _table import append, read_whole  # noqa: E402
@@ -140,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.pairs < 2:
         raise ToolError(f"--pairs is {args.pairs}; expected 2 or more")
-    output = Path(args.output)
+    output = output_file("--output", args.output, [])
     read_whole(output, COLUMNS)  # fails now rather than after the minutes of training
     row = {**conditions(), "load": os.getloadavg()[0]}
     row |= {"pairs": args.pairs, "objective": args.objective}
