@@ -1,7 +1,7 @@
 """What a run was: `run_record.json` beside its checkpoints, a list of its starts.
 
 Of each start: command line, versions, the commits of script, Megatron and this package where they
-come from checkouts, and data and tokenizer (`run_data`), which are stored in the checkpoints too.
+come from checkouts, and data and tokenizer (`data`), which are stored in the checkpoints too.
 """
 
 from __future__ import annotations

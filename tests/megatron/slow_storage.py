@@ -15,11 +15,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_mile.run_record import data
+from megatron_mile.run_record import data as run_data
 from megatron_mile.run_record.record import data_on_all_ranks
 
 TIMEOUT_S, DELAY_S, PAIRS = 1.0, 0.1, 120
-_fingerprint = data.fingerprint
+_fingerprint = run_data.fingerprint
 
 
 def slow_fingerprint(path: str) -> str:
@@ -40,7 +40,7 @@ def job(folder: Path) -> argparse.Namespace:
 
 def main(folder: Path) -> None:
     """Let rank 0 alone know the data, with ranks that wait for a second at most."""
-    data.fingerprint = slow_fingerprint
+    run_data.fingerprint = slow_fingerprint
     dist.init_process_group("gloo")
     args = job(folder) if dist.get_rank() == 0 else argparse.Namespace()
     dist.barrier()
