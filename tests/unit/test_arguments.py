@@ -31,7 +31,7 @@ def _actions() -> list[argparse.Action]:
 
 
 def test_flags_are_frozen() -> None:
-    assert {action.option_strings[0]: action.default for action in _actions()} == FLAGS
+    assert [(x.option_strings[0], x.default) for x in _actions()] == [*FLAGS.items()]
 
 
 def test_help_of_each_flag_gives_default_and_of_numbers_unit_and_range() -> None:
