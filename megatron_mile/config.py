@@ -38,31 +38,31 @@ def _equation(objective: Objective) -> str:
 
 _DEFAULT = "mile"
 _FIRST = Setting(
-    name="objective",
-    default=_DEFAULT,
-    text="weight w of a token's cross-entropy: " + "; ".join(map(_equation, OBJECTIVES.values())),
+    "objective",
+    _DEFAULT,
+    "weight w of a token's cross-entropy: " + "; ".join(map(_equation, OBJECTIVES.values())),
     choices=tuple(OBJECTIVES),
 )
 _COMMON = (
     Setting(
-        name="normalize",
-        default="global",
-        text="alpha, which keeps the weighted loss comparable with cross-entropy: global one mean "
+        "normalize",
+        "global",
+        "alpha, which keeps the weighted loss comparable with cross-entropy: global one mean "
         "weight over the micro-batch on all data- and context-parallel ranks, local over this "
         "rank's micro-batch, none alpha = 1, official the mean over ranks of each rank's 1 / mean "
         "weight as in the MiLe authors' code",
         choices=("global", "local", "none", "official"),
     ),
     Setting(
-        name="entropy_grad",
-        default=False,
-        text="let the gradient flow through the entropy in the weight instead of holding the "
+        "entropy_grad",
+        False,
+        "let the gradient flow through the entropy in the weight instead of holding the "
         "weight constant",
     ),
     Setting(
-        name="backend",
-        default="auto",
-        text="implementation of the token statistics: auto the fastest that runs here, torch plain "
+        "backend",
+        "auto",
+        "implementation of the token statistics: auto the fastest that runs here, torch plain "
         "PyTorch, triton the Triton kernel",
         choices=("auto", "torch", "triton"),
     ),

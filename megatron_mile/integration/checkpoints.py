@@ -69,22 +69,15 @@ def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> l
     """Name the settings in which a checkpoint's objective differs from this job's."""
     before, now = _resumed_settings(stored), _resumed_settings(current)
     objective = before["objective"]
-    if _is_plain(objective) and _is_plain(now["objective"]):
+    plain = {NO_OBJECTIVE, *(name for name, kind in OBJECTIVES.items() if kind.is_cross_entropy)}
+    if {objective, now["objective"]} <= plain:
         names = []
     elif objective != now["objective"]:
         return [f"objective {objective} -> {now['objective']}"]
     else:
-        cost = ["emo_cost"] if objective in NEED_COST else []
-        names = [*defining_settings(objective), *cost]
+        names = defining_settings(objective) + ["emo_cost"] * (objective in NEED_COST)
     return [
         f"{name} {before[name]} -> {now[name]}"
         for name in (*names, "mask_padded_vocab")
         if before[name] != now[name]
     ]
-
-
-def _is_plain(objective: str) -> bool:
-    """Whether this is cross-entropy, by the host or by us."""
-    return objective == NO_OBJECTIVE or (
-        objective in OBJECTIVES and OBJECTIVES[objective].is_cross_entropy
-    )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Setting:
     """What a user may set: a field of `ObjectiveConfig`, a flag, a line of --help.
 
@@ -82,8 +82,8 @@ class Objective:
 
 
 GAMMA = Setting(
-    name="gamma",
-    default=1.0,
-    text="exponent of the weight, no unit, >= 0; 0 is plain cross-entropy",
+    "gamma",
+    1.0,
+    "exponent of the weight, no unit, >= 0; 0 is plain cross-entropy",
     shown="gamma {:g}".format,
 )

@@ -63,24 +63,24 @@ OBJECTIVE = Objective(
     paper="arXiv 2310.04691",
     settings=(
         Setting(
-            name="emo_mode",
-            default="1",
-            text="how nll and distance D are mixed, ratios held constant: 1 (nll + (nll / D) D) / "
+            "emo_mode",
+            "1",
+            "how nll and distance D are mixed, ratios held constant: 1 (nll + (nll / D) D) / "
             "2, of the value of nll; 2 (D / nll) nll + D; alone D",
             choices=("1", "2", "alone"),
             shown="mode {}".format,
         ),
         Setting(
-            name="emo_gt_q",
-            default=False,
-            text="take D + p_y for the distance D in modes 1 and 2, with the gradient of D alone, "
+            "emo_gt_q",
+            False,
+            "take D + p_y for the distance D in modes 1 and 2, with the gradient of D alone, "
             "as the authors' emo_patch.py since 2023-11-21",
             shown=lambda on: "gt_q" if on else "",
         ),
         Setting(
-            name="emo_cap",
-            default=0.0,
-            text="largest ratio nll / D in mode 1, no unit, >= 0; 0 is no cap, 3 that of the "
+            "emo_cap",
+            0.0,
+            "largest ratio nll / D in mode 1, no unit, >= 0; 0 is no cap, 3 that of the "
             "authors' package EMOLoss 0.0.3",
             shown=lambda cap: f"ratio at most {cap:g}" if cap else "",
         ),

@@ -18,6 +18,10 @@ import torch
 
 from megatron_mile.objectives._objective import GAMMA, Objective, Setting
 
+SIGMA = Setting(
+    "sigma", 1.0, "added to the entropy in the weight, nats, >= 0", shown="sigma {:g} nats".format
+)
+
 
 def weight(nll: torch.Tensor, entropy: torch.Tensor, gamma: float, sigma: float) -> torch.Tensor:
     """Return w = (sigma + H)^gamma, without unit; 1 for gamma = 0 even at sigma + H = 0."""
@@ -57,15 +61,7 @@ OBJECTIVE = Objective(
     label="MiLe Loss",
     equation="w = (sigma + H)^gamma with H the entropy of the model's distribution in nats",
     paper="arXiv 2310.19531",
-    settings=(
-        GAMMA,
-        Setting(
-            name="sigma",
-            default=1.0,
-            text="added to the entropy in the weight, nats, >= 0",
-            shown="sigma {:g} nats".format,
-        ),
-    ),
+    settings=(GAMMA, SIGMA),
     weight=weight,
     weight_slope=weight_slope,
     check=check,

@@ -28,13 +28,7 @@ class Coefficients(NamedTuple):
 
     @classmethod
     def scaled(cls, stacked: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype) -> Coefficients:
-        """Return `stacked` ones times grad in `dtype`, exactly 0 where grad is, whatever they hold.
-
-        Args:
-            stacked: What `stack` has made, [2 or 3, ...].
-            grad: Gradient that reaches the loss, [...].
-            dtype: Of the results.
-        """
+        """Return what `stack` made times grad [...] in `dtype`; exactly 0 where grad is 0."""
         return cls(*(stacked * grad).masked_fill(grad == 0, 0).to(dtype))
 
     def stack(self) -> torch.Tensor:

@@ -13,6 +13,8 @@ import pytest
 from _runs import Run, find_runs, read_run
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_mile.objectives import OBJECTIVES
+
 Failure = Callable[..., str]
 CE = {"ppl": 100.0, "ppl_high": 50.0, "ppl_medium": 400.0, "ppl_low": 1000.0}
 
@@ -49,6 +51,12 @@ def test_read_run_keeps_the_later_value_of_a_resumed_step(tmp_path: Path) -> Non
     assert run.evaluation is None
     assert run.steps.tolist() == [1, 2, 3, 4]
     assert run.losses.tolist() == [8.0, 7.0, 5.5, 5.0]
+
+
+def test_read_run_names_a_run_like_its_objective_or_its_folder(tmp_path: Path) -> None:
+    labels = {name: objective.label for name, objective in OBJECTIVES.items()}
+    for name, label in {**labels, "longer": "longer"}.items():
+        assert read_run(_write_run(tmp_path / name, [1.0]), "lm loss").name == label
 
 
 def test_find_runs_takes_runs_and_folders_of_runs(tmp_path: Path) -> None:

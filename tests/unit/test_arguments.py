@@ -1,6 +1,9 @@
 """The --mile flags that users rely on, and what their help says."""
 
 import argparse
+from typing import Any
+
+import pytest
 
 from megatron_mile.integration.arguments import add_arguments
 from megatron_mile.integration.checkpoints import changed_settings
@@ -29,7 +32,7 @@ def _actions() -> list[argparse.Action]:
 
 
 def test_flags_are_frozen() -> None:
-    assert {action.option_strings[0]: action.default for action in _actions()} == FLAGS
+    assert [(x.option_strings[0], x.default) for x in _actions()] == [*FLAGS.items()]
 
 
 def test_help_of_each_flag_gives_default_and_of_numbers_unit_and_range() -> None:
@@ -41,6 +44,39 @@ def test_help_of_each_flag_gives_default_and_of_numbers_unit_and_range() -> None
             assert "nats" in action.help or "no unit" in action.help
         for choice in action.choices or ():
             assert choice in action.help
+
+
+# From one checkpoint to the next: what an objective is made of must stay, the rest may change.
+@pytest.mark.parametrize(
+    ("objective", "defining"),
+    [
+        ("ce", []),
+        ("mile", ["gamma", "sigma", "normalize", "entropy_grad"]),
+        ("focal", ["gamma", "normalize"]),
+        ("emo", ["emo_mode", "emo_gt_q", "emo_cap"]),
+    ],
+)
+def test_changed_settings_are_those_that_define_the_objective(
+    objective: str, defining: list[str]
+) -> None:
+    others: dict[str, Any] = {"gamma": 3.0, "sigma": 0.5, "normalize": "local"}
+    others |= {"entropy_grad": True, "backend": "torch"}
+    others |= {"emo_mode": "2", "emo_gt_q": True, "emo_cap": 3.0}
+    stored = {"mile_objective": objective}
+    found = [
+        name
+        for name in others
+        if changed_settings(stored, {**stored, f"mile_{name}": others[name]})
+    ]
+    assert found == defining
+
+
+def test_cross_entropy_is_the_same_by_the_host_and_by_us() -> None:
+    ce, mile = {"mile_objective": "ce"}, {"mile_objective": "mile"}
+    for plain in ({}, {"mile_objective": "none"}, ce):
+        assert changed_settings(plain, ce) == changed_settings(ce, plain) == []
+        assert len(changed_settings(plain, mile)) == len(changed_settings(mile, plain)) == 1
+    assert changed_settings({"mile_objective": "gone"}, mile) == ["objective gone -> mile"]
 
 
 def test_masked_padding_is_part_of_the_objective_and_of_no_host() -> None:

@@ -6,24 +6,25 @@ from typing import Any
 
 import pytest
 
-from megatron_mile.config import ObjectiveConfig
-from megatron_mile.objectives import OBJECTIVES
+from megatron_mile.config import ObjectiveConfig, _checked
+from megatron_mile.integration.telemetry import describe
+from megatron_mile.objectives import OBJECTIVES, Setting
 
 FIELDS = {field.name: field for field in dataclasses.fields(ObjectiveConfig)}
 
 
-def test_config_defaults_are_the_paper_setting() -> None:
-    assert dataclasses.asdict(ObjectiveConfig()) == {
-        "objective": "mile",
-        "gamma": 1.0,
-        "sigma": 1.0,
-        "normalize": "global",
-        "entropy_grad": False,
-        "backend": "auto",
-        "emo_mode": "1",
-        "emo_gt_q": False,
-        "emo_cap": 0.0,
-    }
+def test_config_has_its_fields_in_order_with_the_papers_setting() -> None:
+    assert [*dataclasses.asdict(ObjectiveConfig()).items()] == [
+        ("objective", "mile"),
+        ("gamma", 1.0),
+        ("sigma", 1.0),
+        ("normalize", "global"),
+        ("entropy_grad", False),
+        ("backend", "auto"),
+        ("emo_mode", "1"),
+        ("emo_gt_q", False),
+        ("emo_cap", 0.0),
+    ]
 
 
 # Each kind of mistake once per kind of field: not a number, a number out of range, the wrong type.
@@ -66,6 +67,16 @@ def test_config_takes_integers_as_numbers() -> None:
 
 def test_config_takes_the_numbers_of_the_emo_modes() -> None:
     assert ObjectiveConfig("emo", emo_mode=2) == ObjectiveConfig("emo", emo_mode="2")
+
+
+def test_a_number_stays_in_the_range_of_its_setting() -> None:
+    share = Setting(name="share", default=0.5, text="", low=0.1, high=1)
+    assert (_checked(share, 0.1), _checked(share, 1)) == (0.1, 1.0)
+    for value in (0, 1.5):
+        with pytest.raises(
+            ValueError, match=r"expected a finite number >= 0\.1 and <= 1, such as 0"
+        ):
+            _checked(share, value)
 
 
 def test_config_refuses_an_unbounded_slope() -> None:
@@ -117,3 +128,33 @@ def test_config_documents_every_field(name: str) -> None:
 
 def test_config_docstring_fits_the_page() -> None:
     assert max(map(len, (ObjectiveConfig.__doc__ or "").splitlines())) <= 100
+
+
+# What jobs print at their start, and people look for in old logs.
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({}, "mile (gamma 1, sigma 1 nats, alpha global, weights detached)"),
+        (
+            {"gamma": 0, "sigma": 0.25, "entropy_grad": True, "normalize": "local"},
+            "mile (gamma 0, sigma 0.25 nats, alpha local, gradient through the entropy)",
+        ),
+        (
+            {"objective": "focal", "entropy_grad": True},
+            "focal (gamma 1, alpha global, weights detached)",
+        ),
+        ({"objective": "ce", "gamma": 3}, "ce (plain cross-entropy through megatron_mile)"),
+        ({"objective": "emo"}, "emo (mode 1)"),
+        (
+            {"objective": "emo", "emo_mode": "2", "emo_gt_q": True, "emo_cap": 3},
+            "emo (mode 2, gt_q, ratio at most 3)",
+        ),
+    ],
+    ids=str,
+)
+def test_start_block_describes_the_objective(settings: dict[str, Any], text: str) -> None:
+    assert describe(ObjectiveConfig(**settings)) == text
+
+
+def test_start_block_says_a_setting_that_has_no_words_of_its_own() -> None:
+    assert Setting(name="share", default=0.5, text="").describe(0.25) == "share 0.25"

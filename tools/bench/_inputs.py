@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from _case import DTYPES, GAMMA, SIGMA, Case, Inputs
 
-OBJECTIVES, WITH_COST = ("ce", "mile"), ("ce", "emo")
+OBJECTIVES = ("ce", "mile")
 _CHECKED_ROWS = 256
 
 
@@ -35,8 +33,11 @@ def _with_logits(case: Case, shard: slice, device: torch.device) -> Inputs:
     shape = (case.vocab, case.cost_width)
     cost = torch.randn(shape, generator=random, device=device).to(logits.dtype)
     truths = {}
-    for objective in WITH_COST if case.cost_width else OBJECTIVES:
-        loss, gradient = oracle(logits[rows], targets[rows], objective, upstream[rows], cost)
+    costs = {"ce": None, "emo": cost} if case.cost_width else dict.fromkeys(OBJECTIVES)
+    for objective, rows_of_cost in costs.items():
+        loss, gradient = oracle(
+            logits[rows], targets[rows], objective, upstream[rows], rows_of_cost
+        )
         truths[objective] = {"loss": loss, "logits": gradient[:, shard].clone()}
     checked = {"loss": rows, "logits": rows}
     leaves = {"logits": logits[:, shard].clone()}
@@ -83,29 +84,6 @@ def _spread(size: int, device: torch.device) -> torch.Tensor:
     return torch.linspace(0, size - 1, count, dtype=torch.float64, device=device).long()
 
 
-def _mile(nll: torch.Tensor, log_p: torch.Tensor, *_: Any) -> torch.Tensor:
-    """Return (sigma + H)^gamma * nll with the weight held constant."""
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    return ((SIGMA + entropy) ** GAMMA).detach() * nll
-
-
-def _emo(
-    nll: torch.Tensor, log_p: torch.Tensor, targets: torch.Tensor, cost: torch.Tensor | None
-) -> torch.Tensor:
-    """Return (nll + (nll / D) * D) / 2 with the ratio held constant."""
-    assert cost is not None
-    unit = torch.nn.functional.normalize(cost.double(), dim=-1)
-    distance = 1 - (log_p.exp() * (unit[targets] @ unit.t())).sum(-1)
-    return 0.5 * (nll + (nll / distance).detach() * distance)
-
-
-_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
-    "ce": lambda nll, *_: nll,
-    "mile": _mile,
-    "emo": _emo,
-}
-
-
 def oracle(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -118,14 +96,20 @@ def oracle(
     Args:
         logits: [R, V], the whole vocabulary.
         targets: [R].
-        objective: One of `_LOSSES`.
+        objective: "ce", or "mile" for (1 + H) * nll with the weight held constant, or "emo" for
+            (nll + (nll / D) * D) / 2 with the ratio held constant.
         upstream: [R].
-        cost: [V, d], the rows whose angles make the distance of EMO.
+        cost: [V, d], the rows whose angles make the distance D of EMO; None for the others.
     """
     z = logits.double().requires_grad_()
     log_p = torch.log_softmax(z, -1)
-    nll = -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    loss = _LOSSES[objective](nll, log_p, targets, cost)
+    entropy = -(log_p.exp() * log_p).sum(-1).detach()
+    weight = {"ce": 1, "mile": (SIGMA + entropy) ** GAMMA, "emo": 1}[objective]
+    loss = weight * -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    if cost is not None:
+        unit = torch.nn.functional.normalize(cost.double(), dim=-1)
+        distance = 1 - (log_p.exp() * (unit[targets] @ unit.t())).sum(-1)
+        loss = 0.5 * (loss + (loss / distance).detach() * distance)
     (gradient,) = torch.autograd.grad(loss, z, upstream.double())
     return loss.detach(), gradient
 
