@@ -39,7 +39,7 @@ test: $(READY)test
 	$(BIN)/python -m pytest
 
 test-compat: $(READY)test
-	@$(BIN)/python tests/megatron/run_every_version.py $(ARGS)
+	@$(BIN)/python tests/support/run_every_version.py $(ARGS)
 
 lint: $(READY)lint
 	$(BIN)/ruff check .

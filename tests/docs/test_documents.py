@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from documents import DOCUMENTS, ROOT, blocks, commands, text_of, without_blocks
+from support.documents import DOCUMENTS, ROOT, blocks, commands, text_of, without_blocks
 
 from megatron_mile.integration.arguments import add_arguments
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from documents import flags_by_script
+from support.documents import flags_by_script
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTED = flags_by_script()

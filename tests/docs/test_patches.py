@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -84,8 +83,7 @@ def test_apply_names_the_releases_it_knows(tmp_path: Path) -> None:
 
 @pytest.mark.skipif("MEGATRON_LM_DIR" not in os.environ, reason="MEGATRON_LM_DIR is not set")
 def test_patched_checkout_trains_without_the_launcher(tmp_path: Path) -> None:
-    sys.path.append(str(ROOT / "tests" / "megatron"))
-    from training_runs import MILE, TP2, command_line, read_scalars, torchrun
+    from support.training_runs import MILE, TP2, command_line, read_scalars, torchrun
 
     checkout = tmp_path / "checkout"
     shutil.copytree(os.environ["MEGATRON_LM_DIR"], checkout)

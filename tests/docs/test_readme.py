@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import torch
-from documents import blocks, text_of, without_blocks
+from support.documents import blocks, text_of, without_blocks
 
 from megatron_mile.integration import versions
 

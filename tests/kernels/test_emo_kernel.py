@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from emo_contract import EmoContract
-from emo_oracle import certain_rows, emo_oracle, hard_cost_rows
-from helpers import error, hard_rows
+from support.emo_contract import EmoContract
+from support.emo_oracle import certain_rows, emo_oracle, hard_cost_rows
+from support.helpers import error, hard_rows
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.emo import CostRows

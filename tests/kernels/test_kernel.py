@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import error
-from token_stats_contract import STATS, Contract, true_stats
+from support.helpers import error
+from support.token_stats_contract import STATS, Contract, true_stats
 
 from megatron_mile.ops.token_stats import kernel
 

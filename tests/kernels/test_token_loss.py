@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close, error, hard_rows, oracle, weighted_configs
+from support.helpers import assert_close, error, hard_rows, oracle, weighted_configs
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.linear import linear_token_loss

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from training_runs import TrainingRuns
+from support.training_runs import TrainingRuns
 
 
 @pytest.fixture(scope="session")

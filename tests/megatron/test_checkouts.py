@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from training_runs import HOST, MILE, TP2, command_line, read_scalars, torchrun
+from support.training_runs import HOST, MILE, TP2, command_line, read_scalars, torchrun
 
 CHECKOUT = Path(os.environ.get("MEGATRON_LM_DIR", "/no/checkout"))
 HYBRID = (

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_runs import (
+from support.training_runs import (
     EVALUATE,
-    HERE,
+    JOBS,
     MILE,
     REPOSITORY,
     STOP,
@@ -44,7 +44,7 @@ pytestmark = [
 def differences(
     runs: TrainingRuns, checkpoint: Path, folder: Path, *prefix: Path
 ) -> dict[str, float]:
-    done = runs.call(HERE / "convert_oracle.py", checkpoint, folder, *prefix)
+    done = runs.call(JOBS / "convert_oracle.py", checkpoint, folder, *prefix)
     assert done.returncode == 0, done.stdout[-2000:]
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     assert figures["scale"] > 3
@@ -141,7 +141,7 @@ def test_killed_in_a_save_loses_nothing_and_leaves_nothing_to_accept(
     runs: TrainingRuns, trained: tuple[Path, Path], tmp_path: Path
 ) -> None:
     killed = runs.run(
-        1, TP1, MILE, "--save-interval 4", save=True, script=HERE / "killed_in_save.py"
+        1, TP1, MILE, "--save-interval 4", save=True, script=JOBS / "killed_in_save.py"
     )
     assert killed.code == -9
     half = killed.checkpoint / "iter_0000008"

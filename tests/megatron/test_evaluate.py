@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from training_runs import MILE, REPOSITORY, TP2, TrainingRuns, python
+from support.training_runs import JOBS, MILE, REPOSITORY, TP2, TrainingRuns, python
 
 EVALUATE = REPOSITORY / "tools" / "evaluate.py"
 FREQUENCY = REPOSITORY / "tools" / "token_frequency.py"
-HERE = Path(__file__).resolve().parent
 LENGTH = 64  # --seq-length of the runs
 VOCABULARY = 251
 
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.slow
 def held_out(runs: TrainingRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pair of documents, and the frequencies of its tokens."""
     folder = tmp_path_factory.mktemp("held_out")
-    assert runs.call(HERE / "write_documents.py", folder / "text").returncode == 0
+    assert runs.call(JOBS / "write_documents.py", folder / "text").returncode == 0
     count = ("--data-prefix", folder / "text", "--vocab-size", str(VOCABULARY))
     done = runs.call(FREQUENCY, *count, "--output", folder / "frequency.json")
     assert done.returncode == 0, done.stdout
@@ -53,7 +52,7 @@ def test_evaluate_equals_a_plain_loop_over_logits_and_repeats_itself(
     assert results[0].pop("harness")["missing"]
     assert results[0] == results[1]
     oracle_run = runs.call(
-        HERE / "evaluate_oracle.py", checkpoint, folder / "text", folder / "frequency.json", LENGTH
+        JOBS / "evaluate_oracle.py", checkpoint, folder / "text", folder / "frequency.json", LENGTH
     )
     assert oracle_run.returncode == 0, oracle_run.stdout
     oracle = json.loads(oracle_run.stdout.splitlines()[-1])

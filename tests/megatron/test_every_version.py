@@ -14,11 +14,12 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from training_runs import (
+from support.training_runs import (
     EVALUATE,
-    HERE,
     HOST,
+    JOBS,
     MILE,
+    REPOSITORY,
     TP2,
     TrainingRuns,
     command_line,
@@ -38,7 +39,7 @@ with_training = pytest.mark.skipif(
     reason="wheels of megatron-core before 0.17 have no megatron.training",
 )
 
-SCRIPT, LAUNCHED = HERE / "pretrain_tiny.py", HERE / "launch_tiny.py"
+SCRIPT, LAUNCHED = JOBS / "pretrain_tiny.py", JOBS / "launch_tiny.py"
 STEPS = "--train-iters 4"
 # Measured: 1.6e-7 on each version, a rounding of an fp32 loss near 6.
 ROUNDING = 1e-6
@@ -48,7 +49,7 @@ def test_megatron_is_imported_from_one_place(
     runs: TrainingRuns, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     # The wheels' `megatron` is a namespace: what one version lacks would come from another.
-    folder = runs.train(1, script=HERE / "list_modules.py").folder
+    folder = runs.train(1, script=JOBS / "list_modules.py").folder
     found = json.loads((folder / "modules.json").read_text())
     version = found["version"].split("+")[0]
     record_testsuite_property("megatron_core", version)
@@ -76,7 +77,7 @@ def test_report_finds_what_a_job_needs() -> None:
 
 
 def test_core_loop_trains_without_megatron_training() -> None:
-    loop = HERE.parents[1] / "examples" / "core_loop.py"
+    loop = REPOSITORY / "examples" / "core_loop.py"
     done = torchrun(2, loop, "--tensor-model-parallel-size", "2", "--cpu", "--steps", "12")
     assert done.returncode == 0, done.stderr[-3000:]
     steps = [

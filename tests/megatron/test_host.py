@@ -6,7 +6,7 @@
 import itertools
 
 import pytest
-from training_runs import EVALUATE, HOST, MILE, TP1, TP2, TrainingRuns, furthest
+from support.training_runs import EVALUATE, HOST, MILE, TP1, TP2, TrainingRuns, furthest
 
 pytestmark = pytest.mark.slow
 

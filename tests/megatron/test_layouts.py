@@ -1,23 +1,20 @@
-"""One problem at several parallel layouts: real Megatron training runs that must agree.
-
-All differences are relative. Measured over 12 fp32 steps: runs that must agree differ by at most
-4e-7, four roundings; another normaliser, or cross-entropy in place of the objective, by 2e-4 and
-more.
-"""
+"""One problem at several parallel layouts: real Megatron training runs that must agree."""
 
 import pytest
-from training_runs import EVALUATE, HERE, MILE, TP1, TP2, Run, TrainingRuns, furthest
+from support.training_runs import (
+    EVALUATE,
+    FIGURES,
+    JOBS,
+    MILE,
+    SAME,
+    TP1,
+    TP2,
+    TrainingRuns,
+    fall,
+    furthest,
+)
 
 pytestmark = pytest.mark.slow
-
-FIGURES = ("lm loss", "mile loss", "mile entropy", "mile weight")
-SAME = 2e-6
-
-
-def fall(run: Run) -> float:
-    """How far "lm loss" fell, from the mean of the first three steps to that of the last three."""
-    losses = run["lm loss"]
-    return (sum(losses[:3]) - sum(losses[-3:])) / 3
 
 
 def test_training_tp2_repeats_tp1(runs: TrainingRuns) -> None:
@@ -44,7 +41,7 @@ def test_training_dp2_repeats_dp1_at_twice_the_micro_batch(runs: TrainingRuns) -
 
 def test_training_dp2_repeats_dp1_with_unequal_masks(runs: TrainingRuns) -> None:
     # The ranks hold different numbers of tokens; two micro-batches a step; a loss per token.
-    documents = runs.train(1, script=HERE / "write_documents.py").folder
+    documents = runs.train(1, script=JOBS / "write_documents.py").folder
     data = (
         f"--data-path {documents} --split 100,0,0 --eod-mask-loss --calculate-per-token-loss "
         "--global-batch-size 8"

@@ -1,8 +1,19 @@
 """Models and schedules beside a plain GPTModel: real Megatron training runs on the CPU."""
 
 import pytest
-from test_layouts import FIGURES, SAME, fall
-from training_runs import HERE, MILE, TP1, TP2, Run, TrainingRuns, furthest, mile_errors
+from support.training_runs import (
+    FIGURES,
+    JOBS,
+    MILE,
+    SAME,
+    TP1,
+    TP2,
+    Run,
+    TrainingRuns,
+    fall,
+    furthest,
+    mile_errors,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +79,7 @@ def test_training_cp2_repeats_cp1(runs: TrainingRuns) -> None:
 
 def test_training_cp2_repeats_cp1_with_unequal_masks(runs: TrainingRuns) -> None:
     # Halves of a sequence hold different numbers of tokens that count.
-    documents = runs.train(1, script=HERE / "write_documents.py").folder
+    documents = runs.train(1, script=JOBS / "write_documents.py").folder
     data = (
         f"--data-path {documents} --split 100,0,0 --eod-mask-loss --calculate-per-token-loss "
         f"--global-batch-size 8 {MLPS}"
@@ -79,7 +90,7 @@ def test_training_cp2_repeats_cp1_with_unequal_masks(runs: TrainingRuns) -> None
 
 
 def test_loss_of_split_sequences_matches_float64(runs: TrainingRuns) -> None:
-    runs.train(2, script=HERE / "split_sequence.py")
+    runs.train(2, script=JOBS / "split_sequence.py")
 
 
 def test_training_virtual_pipeline_repeats_the_plain_schedule(runs: TrainingRuns) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from training_runs import HERE, MILE, TP1, Run, TrainingRuns, furthest, mile_errors
+from support.training_runs import JOBS, MILE, TP1, Run, TrainingRuns, furthest, mile_errors
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = HERE / "pretrain_own_loss.py"
+SCRIPT = JOBS / "pretrain_own_loss.py"
 STEPS = "--train-iters 3"
 FIGURES = ("lm loss", "mile loss", "mile entropy", "mile weight", "grad-norm")
 # Measured 0 for all kinds but the mean, which divides earlier: 7.9e-8.

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from training_runs import (
+from support.training_runs import (
     EVALUATE,
     MILE,
     STOP,

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import run_every_version
+from support import run_every_version
 
 pytestmark = pytest.mark.slow
 

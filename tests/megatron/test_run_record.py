@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_runs import EXAMPLE, HERE, MILE, STOP, TP1, TP2, Run, TrainingRuns, mile_errors
+from support.training_runs import (
+    EXAMPLE,
+    JOBS,
+    MILE,
+    STOP,
+    TP1,
+    TP2,
+    Run,
+    TrainingRuns,
+    mile_errors,
+)
 
 from megatron_mile.errors import MileError
 from megatron_mile.run_record.data import changed_data, fingerprint, tokenizer_of
@@ -30,7 +40,7 @@ def starts(run: Run) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_resume_adds_a_start_and_refuses_other_data(runs: TrainingRuns, tmp_path: Path) -> None:
-    prefix = runs.train(1, script=HERE / "write_documents.py").folder
+    prefix = runs.train(1, script=JOBS / "write_documents.py").folder
     vocabulary = tmp_path / "vocab.json"  # which NullTokenizer does not read
     vocabulary.write_text("one")
     flags = MILE.replace("--mock-data", f"--data-path {prefix} --split 100,0,0")
@@ -74,14 +84,14 @@ def test_record_takes_what_a_script_reads_in_its_own_way(
     runs: TrainingRuns, tmp_path: Path
 ) -> None:
     """A dataset provider and data loaders of its own; a pair, a file, a folder and nothing."""
-    pair = runs.train(1, script=HERE / "write_documents.py").folder
+    pair = runs.train(1, script=JOBS / "write_documents.py").folder
     text, folder = tmp_path / "text.jsonl", tmp_path / "shards"
     text.write_text("one")
     folder.mkdir()
     names = [str(pair), str(text), str(folder), str(tmp_path / "absent")]
     data = "--data-path " + " ".join(f"{weight} {name}" for weight, name in enumerate(names))
     flags = (MILE.replace("--mock-data", data), "--dataloader-type external --train-iters 2")
-    script = HERE / "launch_tiny.py"
+    script = JOBS / "launch_tiny.py"
     run = runs.train(1, TP1, *flags, save=True, script=script)
     (blend,) = starts(run)[0]["data"]["blends"]
     assert [entry["prefix"] for entry in blend] == names
@@ -99,7 +109,7 @@ def test_record_takes_what_a_script_reads_in_its_own_way(
 
 @pytest.mark.slow
 def test_no_rank_waits_for_the_data_in_a_collective(runs: TrainingRuns) -> None:
-    runs.train(2, script=HERE / "slow_storage.py")
+    runs.train(2, script=JOBS / "slow_storage.py")
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ import hashlib
 import json
 from pathlib import Path
 
-import conversations
 import pytest
-from training_runs import HERE, MILE, TP1, TP2, TrainingRuns, furthest, mile_errors
+from support import conversations
+from support.training_runs import JOBS, MILE, TP1, TP2, TrainingRuns, furthest, mile_errors
 
 pytestmark = pytest.mark.slow
 
-ORACLE = HERE / "sft_oracle.py"
+ORACLE = JOBS / "sft_oracle.py"
 # Packed sequences as Transformer Engine's attention takes them, in a model that needs no attention.
 MLPS = (
     "--hybrid-layer-pattern=---- --position-embedding-type none "

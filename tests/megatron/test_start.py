@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import (
+from support.training_runs import (
     EVALUATE,
     EXAMPLE,
-    HERE,
+    JOBS,
     MILE,
     MODEL,
     TP1,
@@ -246,7 +246,7 @@ def test_script_without_gpu_fails_as_megatron_does() -> None:
 def test_job_refuses_a_model_that_the_objective_cannot_reach(
     runs: TrainingRuns, kind: str, world_size: int, layout: str, text: str
 ) -> None:
-    script = HERE / "models_that_bypass.py"
+    script = JOBS / "models_that_bypass.py"
     run = runs.run(world_size, layout, MILE, f"--bypass {kind}", script=script)
     assert run.code != 0
     (error,) = mile_errors("\n".join(run.logs))

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from emo_oracle import EmoTruth, certain_rows, emo_oracle, hard_cost_rows
-from helpers import error, hard_rows, run_ranks
+from support.emo_oracle import EmoTruth, certain_rows, emo_oracle, hard_cost_rows
+from support.helpers import error, hard_rows, run_ranks
 from torch.distributed.tensor.debug import CommDebugMode
 
 from megatron_mile.config import ObjectiveConfig

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import error, oracle, run_ranks, weighted_configs
+from support.helpers import error, oracle, run_ranks, weighted_configs
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import assert_close, error, hard_rows, oracle, run_ranks, weighted_configs
+from support.helpers import assert_close, error, hard_rows, oracle, run_ranks, weighted_configs
 from torch.distributed.tensor.debug import CommDebugMode
 
 from megatron_mile.config import ObjectiveConfig

@@ -16,8 +16,8 @@ import run
 from _case import Case
 from _emo_losses import EMO_LOSSES
 from _inputs import make_inputs
-from emo_oracle import emo_oracle
-from helpers import error
+from support.emo_oracle import emo_oracle
+from support.helpers import error
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import error
-from token_stats_contract import GRADIENT, STATS, Contract, true_gradient, true_stats
+from support.helpers import error
+from support.token_stats_contract import GRADIENT, STATS, Contract, true_gradient, true_stats
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

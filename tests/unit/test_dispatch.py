@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_close, hard_rows, oracle, run_loss
+from support.helpers import assert_close, hard_rows, oracle, run_loss
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import token_loss

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from emo_oracle import certain_rows, emo_oracle, hard_cost_rows
-from emo_runs import EMO, MIXES, TOLERANCE, assert_close, mixed, run
-from helpers import IGNORED, error, hard_rows
+from support.emo_oracle import certain_rows, emo_oracle, hard_cost_rows
+from support.emo_runs import EMO, MIXES, TOLERANCE, assert_close, mixed, run
+from support.helpers import IGNORED, error, hard_rows
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.emo import CostRows

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from emo_oracle import emo_oracle
-from emo_runs import EMO, assert_close, run
+from support.emo_oracle import emo_oracle
+from support.emo_runs import EMO, assert_close, run
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_mile.config import ObjectiveConfig

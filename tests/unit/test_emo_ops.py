@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from emo_contract import GRADIENT, SUMS, EmoContract
-from helpers import error
+from support.emo_contract import GRADIENT, SUMS, EmoContract
+from support.helpers import error
 
 from megatron_mile.ops import blocks
 from megatron_mile.ops.emo import chunked, reference

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.helpers import (
     IGNORED,
     MILE,
     WEIGHTED,
@@ -17,8 +19,6 @@ from helpers import (
     run_loss,
     variations,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import token_loss, weigh

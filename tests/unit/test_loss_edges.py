@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import IGNORED, MILE, WEIGHTED, assert_close, oracle, run_loss
+from support.helpers import IGNORED, MILE, WEIGHTED, assert_close, oracle, run_loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_mile.config import ObjectiveConfig

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import WEIGHTED, WEIGHTS, variations
+from support.helpers import WEIGHTED, WEIGHTS, variations
 
 from megatron_mile import objectives
 from megatron_mile.config import ObjectiveConfig

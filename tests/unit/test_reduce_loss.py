@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import IGNORED, error, oracle
+from support.helpers import IGNORED, error, oracle
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import reduce_loss, token_loss

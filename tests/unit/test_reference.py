@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import error
+from support.helpers import error
 
 from megatron_mile.ops.blocks import Coefficients
 from megatron_mile.ops.token_stats import reference

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from training_runs import HERE, REPOSITORY, environment, read_scalars
+from support.training_runs import REPOSITORY, environment, read_scalars
 
 SCRIPT = "examples/sizes/468m.sh"
 # What wins over the script's own flags: a model of no size, or less work for the whole one.
@@ -97,7 +97,7 @@ def _free_job_id() -> str:
 def slurm(tmp_path: Path) -> dict[str, str]:
     """What a job of two "nodes" finds in its environment; stand-ins are all of Slurm."""
     for name in ("srun", "scancel", "scontrol"):
-        shutil.copy(HERE / "slurm_stand_in.py", tmp_path / name)
+        shutil.copy(REPOSITORY / "tests" / "support" / "slurm_stand_in.py", tmp_path / name)
         (tmp_path / name).chmod(0o755)
     return {
         "PATH": f"{tmp_path}:{environment()['PATH']}",

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from emo_oracle import EmoTruth
-from helpers import error
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import token_loss
+from support.emo_oracle import EmoTruth
+from support.helpers import error
 
 # Measured: fp64 3.6e-13 (gt_q in mode 2, whose ratio may be 1e5 and more), fp32 3.9e-7.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}

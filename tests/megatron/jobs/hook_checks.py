@@ -8,7 +8,9 @@ from argparse import Namespace
 from typing import Any
 
 import torch
-from hook_model import (
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.gpt import GPTModel
+from support.hook_model import (
     HOST,
     MILE,
     B,
@@ -21,8 +23,6 @@ from hook_model import (
     raises,
     run_checks,
 )
-from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.models.gpt import GPTModel
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from megatron_mile import ObjectiveConfig, attach, install, uninstall, wrap_forward_step
@@ -33,6 +33,7 @@ from megatron_mile.integration.host import METHOD
 from megatron_mile.integration.models import installed_config
 from megatron_mile.loss import TokenLoss
 
+RANKS = 1
 # Spelled out, so that one that goes missing is missed.
 REPLACED_LOSSES = (
     "overlap_moe_expert_parallel_comm",

@@ -21,7 +21,7 @@ with one_line_errors():
     prepare_script()  # before the example binds what it patches
 sys.argv += missing_flags(sys.argv, WITHOUT_TE + WITHOUT_APEX)
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "examples"))
 import pretrain_gpt as example  # noqa: E402
 
 Loss = Callable[[torch.Tensor], Any]

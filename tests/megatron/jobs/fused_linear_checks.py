@@ -9,9 +9,11 @@ import functools
 import sys
 from typing import Any
 
-import helpers
 import torch
-from hook_model import (
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from support import helpers
+from support.hook_model import (
     HAS_HYBRID,
     MASK,
     MILE,
@@ -27,13 +29,12 @@ from hook_model import (
     raises,
     run_checks,
 )
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from megatron_mile import ObjectiveConfig, attach, install, uninstall, wrap_forward_step
 from megatron_mile.errors import MileCompatError, MileError
 from megatron_mile.integration.hook import METHOD, installed_config
 
+RANKS = 1
 # Measured: 2.4e-7 of the loss, 1.1e-6 of the gradients; another order of summation.
 SAME = 5e-6
 WORDS = 90  # of the V = 96 columns, where padding is masked

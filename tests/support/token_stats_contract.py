@@ -10,11 +10,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import error, oracle
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import token_loss
 from megatron_mile.ops.blocks import Coefficients
+from support.helpers import error, oracle
 
 # Statistics: fp32 sums of up to 128256 terms, measured 2.1e-7 at most. Gradients: one rounding.
 STATS = {torch.float64: 1e-14, torch.float32: 6e-7, torch.bfloat16: 6e-7, torch.float16: 6e-7}

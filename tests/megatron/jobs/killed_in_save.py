@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing import serialization
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "pretrain_gpt.py"
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "pretrain_gpt.py"
 save_config, saves = serialization.save_config, []
 
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import helpers
 import torch
 import torch.distributed as dist
-from hook_model import MILE, B, S, batch, build_hybrid, host_loss
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -22,6 +20,8 @@ from megatron.core.distributed import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from support import helpers
+from support.hook_model import MILE, B, S, batch, build_hybrid, host_loss
 
 from megatron_mile import attach, wrap_forward_step
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import helpers
 import torch
-from hook_model import (
+from megatron.core.models.gpt import GPTModel
+from support import helpers
+from support.hook_model import (
     HOST,
     MASK,
     MILE,
@@ -25,11 +26,12 @@ from hook_model import (
     raises,
     run_checks,
 )
-from megatron.core.models.gpt import GPTModel
 
 from megatron_mile import ObjectiveConfig, attach, install, token_loss, wrap_forward_step
 from megatron_mile.errors import MileError
 from megatron_mile.integration.hook import METHOD
+
+RANKS = 1
 
 
 def check_evaluation_returns_the_hosts_bits() -> None:

@@ -36,8 +36,8 @@ GRACE_S = 1.0
 def main() -> None:
     """Serve jobs until stdin ends; in a rank, run its script and return."""
     tests = Path(__file__).resolve().parents[1]
-    sys.path.insert(0, str(tests.parent))
-    sys.path.append(str(tests))  # for the helpers that all tests share
+    sys.path[0] = str(tests.parent)
+    sys.path.append(str(tests))  # for tests/support
     from megatron_mile import cpu_mode
 
     cpu_mode.enable()

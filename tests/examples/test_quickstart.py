@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quickstart
+from _corpus import QuickstartError
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import quickstart  # noqa: E402
-from _corpus import QuickstartError  # noqa: E402
-
 STEPS = 3
 OBJECTIVES = ["ce", "mile", "emo"]
 ENTRY_KEYS = {"first_lm_loss", "final_lm_loss", "checkpoint"}

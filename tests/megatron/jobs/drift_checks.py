@@ -16,11 +16,11 @@ from typing import Any
 
 import megatron.core
 import pytest
-from hook_model import HOST, MILE, build_model, raises, run_checks
 from megatron.core import parallel_state
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import gpt_model
 from packaging.version import Version
+from support.hook_model import HOST, MILE, build_model, raises, run_checks
 
 from megatron_mile import install
 from megatron_mile.errors import MileCompatError
@@ -28,6 +28,7 @@ from megatron_mile.integration import versions
 from megatron_mile.integration.hook import METHOD, installed_config, resolve
 from megatron_mile.integration.models import data_group, tp_group
 
+RANKS = 1
 RELEASE = Version(megatron.core.__version__).release[:2]
 HAS_TRAINING = importlib.util.find_spec("megatron.training") is not None
 

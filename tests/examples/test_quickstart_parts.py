@@ -8,14 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from _corpus import HELD_OUT, Document, QuickstartError, read_corpus, split
+from _folder import MARKER, check_folder, prepare_folder
+from _steps import StepError, run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from _corpus import HELD_OUT, Document, QuickstartError, read_corpus, split  # noqa: E402
-from _folder import MARKER, check_folder, prepare_folder  # noqa: E402
-from _steps import StepError, run  # noqa: E402
-
 NOWHERE = Path("/nonexistent")
 
 

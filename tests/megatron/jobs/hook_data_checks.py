@@ -12,9 +12,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import helpers
 import torch
-from hook_model import (
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from support import helpers
+from support.hook_model import (
     MASK,
     MILE,
     B,
@@ -27,11 +29,10 @@ from hook_model import (
     host_loss,
     run_checks,
 )
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_mile import ObjectiveConfig, install, uninstall, wrap_forward_step
 
+RANKS = 2
 MICRO_BATCHES = 2
 # Measured on every version of megatron-core, the same digits: 8.9e-7, in the embedding's gradient.
 SAME = 2e-6

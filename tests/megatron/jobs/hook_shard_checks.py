@@ -7,10 +7,12 @@ import sys
 from typing import Any
 from unittest import mock
 
-import helpers
 import torch
-from emo_oracle import emo_oracle
-from hook_model import (
+from megatron.core import parallel_state
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from support import helpers
+from support.emo_oracle import emo_oracle
+from support.hook_model import (
     MASK,
     MILE,
     V,
@@ -22,13 +24,12 @@ from hook_model import (
     raises,
     run_checks,
 )
-from megatron.core import parallel_state
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megatron_mile import CostRows, ObjectiveConfig, attach, install, uninstall, wrap_forward_step
 from megatron_mile.errors import MileError
 from megatron_mile.integration.emo_rows import RowsAhead, check_matrix, fixed_rows, output_rows
 
+RANKS = 2
 # Measured on every version of megatron-core, the same digits: 9.6e-7, in the embedding's gradient.
 SAME = 2e-6
 

@@ -6,7 +6,8 @@ It uses nothing of the library.
 from typing import NamedTuple
 
 import torch
-from helpers import IGNORED
+
+from support.helpers import IGNORED
 
 
 class EmoTruth(NamedTuple):

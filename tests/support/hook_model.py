@@ -121,20 +121,30 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return taken
 
 
+def checks_of(names: Mapping[str, Any]) -> dict[str, Callable[[], None]]:
+    """The functions called check_* that a script defines; what it imports is not its own."""
+    return {
+        name: value
+        for name, value in names.items()
+        if name.startswith("check_") and value.__module__ == names["__name__"]
+    }
+
+
 def run_checks(names: Mapping[str, Any], folder: str, tensor_parallel: int = 1) -> None:
-    """Run each function called check_* on all ranks, from the unpatched state.
+    """Run each function called check_* of a script on its RANKS, from the unpatched state.
 
     The ranks that tensor parallelism leaves are data-parallel. Writes checks.json into the folder:
     the tracebacks of each check, "" where it passed.
     """
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
+    assert torch.distributed.get_world_size() == names["RANKS"]
     parallel_state.initialize_model_parallel(tensor_parallel)
     model_parallel_cuda_manual_seed(1)
     failures = {}
-    for name in [name for name in names if name.startswith("check_")]:
+    for name, check in checks_of(names).items():
         try:
-            names[name]()
+            check()
             failures[name] = ""
         except (Exception, pytest.fail.Exception):
             failures[name] = traceback.format_exc()

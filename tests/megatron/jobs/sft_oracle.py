@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import conversations
-import helpers
 import torch
+from support import conversations, helpers
 
 from megatron_mile import ObjectiveConfig
 from megatron_mile.launch import prepare_script
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PADDING = conversations.VOCABULARY["<SPECIAL_233>"]
 ASSISTANT = conversations.VOCABULARY["Assistant"]
 MICRO_BATCHES = 2

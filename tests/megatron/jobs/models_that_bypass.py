@@ -46,5 +46,5 @@ if __name__ == "__main__":
     at = sys.argv.index("--bypass")
     gpt.GPTModel = MODELS[sys.argv[at + 1]]
     del sys.argv[at : at + 2]
-    script = Path(__file__).resolve().parents[2] / "examples" / "pretrain_gpt.py"
+    script = Path(__file__).resolve().parents[3] / "examples" / "pretrain_gpt.py"
     runpy.run_path(str(script), run_name="__main__")

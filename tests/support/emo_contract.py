@@ -7,10 +7,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import error
 
 from megatron_mile.ops.blocks import Coefficients
 from megatron_mile.ops.token_stats import reference
+from support.helpers import error
 
 # Sums of up to 32000 terms, measured 1.3e-7 at most in fp32; gradients are rounded once.
 SUMS = {torch.float64: 1e-14, torch.float32: 4e-7, torch.bfloat16: 4e-7, torch.float16: 4e-7}

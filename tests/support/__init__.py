@@ -1,0 +1,1 @@
+"""What the tests share and is no test itself, imported as `support.NAME`."""
