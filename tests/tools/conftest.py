@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -16,6 +17,8 @@ sys.path.insert(0, str(TOOLS))
 import preprocess_data  # noqa: E402  (the tools' own modules need the path above)
 import train_tokenizer  # noqa: E402
 from tool_forker import ToolForker  # noqa: E402
+
+settings.register_profile("long", max_examples=1000)
 
 # Cut into about 1000 documents: more than the batches that two workers may have in flight.
 SOURCES = ("argparse.py", "ast.py", "difflib.py", "enum.py", "inspect.py", "pickle.py", "typing.py")

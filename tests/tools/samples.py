@@ -237,14 +237,14 @@ def copy(sample: Path, folder: Path) -> Path:
 
 
 def state_of(folder: Path) -> dict[str, object]:
-    """What lies below the folder: contents of files, targets of links, None for folders."""
+    """What lies below the folder: contents of files, targets of links, None for others."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_symlink():
             found[name] = os.readlink(path)
         else:
-            found[name] = None if path.is_dir() else path.read_bytes()
+            found[name] = path.read_bytes() if path.is_file() else None
     return found
 
 
