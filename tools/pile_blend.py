@@ -25,10 +25,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from _cli import ToolError, new_parser, one_line_errors, read_json, write_whole
-from _output import output_file
-from _pair_reader import SUFFIXES, open_pair
-from _work_folder import file_name
+if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+from tools.common.cli import ToolError, new_parser, run_tool
+from tools.common.files import read_json, write_whole
+from tools.common.outputs import output_file
+from tools.data.pair_reader import SUFFIXES, open_pair
+from tools.data.work_folder import file_name
 
 PROG = "tools/pile_blend.py"
 # As in the source, where they sum to 1.6998.
@@ -154,8 +159,8 @@ def table(shares: Sequence[Share]) -> str:
     return "\n".join(rows)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (default: that of the process)."""
+def command_line() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = new_parser(PROG, __doc__)
     add = parser.add_argument
     add("folder", type=Path, help="holds the .idx and .bin files of the domains")
@@ -165,23 +170,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="leave missing domains out and scale the other weights up",
     )
-    return parser.parse_args(argv)
+    return parser
+
+
+def pile_blend(args: argparse.Namespace) -> None:
+    """Run the tool.
+
+    Args:
+        args: parsed flags.
+
+    Raises:
+        ToolError: the pairs make no blend, or the output cannot be written.
+    """
+    if args.output:
+        pairs = [file for end in SUFFIXES for file in args.folder.glob(f"*{end}")]
+        output = output_file("--output", args.output, pairs)
+    shares = blend(args.folder, args.renormalize)
+    print(table(shares), file=sys.stderr)
+    value = " ".join(f"{share.weight:.10f} {share.prefix}" for share in shares)
+    if args.output:
+        write_whole(output, value + "\n")
+    else:
+        print(value)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line (default: that of the process)."""
-    args = parse_args(argv)
-    with one_line_errors(PROG):
-        if args.output:
-            pairs = [file for end in SUFFIXES for file in args.folder.glob(f"*{end}")]
-            output = output_file("--output", args.output, pairs)
-        shares = blend(args.folder, args.renormalize)
-        print(table(shares), file=sys.stderr)
-        value = " ".join(f"{share.weight:.10f} {share.prefix}" for share in shares)
-        if args.output:
-            write_whole(output, value + "\n")
-        else:
-            print(value)
+    run_tool(command_line(), pile_blend, argv)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,16 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import preprocess_data
 import pytest
-import token_frequency
-from _cli import ToolError
-from _indexed_pair import INDEX_HEADER
-from _megatron import megatron_module
 from hypothesis import given
 from hypothesis import strategies as st
-from token_frequency import BUCKETS, assign_buckets, load_buckets, main, summarize
+
+from tools import preprocess_data, token_frequency
+from tools.common.cli import ToolError
+from tools.common.megatron import megatron_module
+from tools.data.frequency_buckets import BUCKETS, assign_buckets, load_buckets
+from tools.data.growing_pair import INDEX_HEADER
+from tools.token_frequency import main, summarize
 
 
 def make_pair(prefix: Path, documents: list[list[int]], vocab_size: int) -> Path:
