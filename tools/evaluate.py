@@ -104,7 +104,8 @@ def output_of(args: argparse.Namespace) -> Path | None:
         return None
     inputs: list[Path] = [args.hf] if args.hf else []
     if args.load:
-        from tools.checkpoint.megatron_model import TRACKER, checkpoint_folder
+        from megatron_mile.integration.checkpoint_folder import TRACKER
+        from tools.checkpoint.megatron_model import checkpoint_folder
 
         inputs += [checkpoint_folder(args.load, args.ckpt_step), Path(args.load, TRACKER)]
         inputs += files_of(args.data_prefix)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ if __name__ == "__main__":  # of this checkout; and no command hides a package o
 
 
 from tools.common.cli import ToolError, new_parser, run_tool
-from tools.common.files import read_json, write_whole
+from tools.common.files import write_whole
 from tools.common.outputs import output_file
 from tools.data.pair_reader import SUFFIXES, open_pair
 from tools.data.work_folder import file_name
@@ -118,20 +119,20 @@ def _pairs(folder: Path, domain: str) -> list[str]:
 
 def _check_tokenizers(prefixes: Sequence[str]) -> None:
     """Refuse pairs whose .info files name different tokenizers."""
-    first: tuple[str, str] | None = None
-    for path in (Path(f"{prefix}.info") for prefix in prefixes):
-        if not path.is_file():  # made by Megatron's own tool
-            continue
-        try:
-            mark = read_json(path)["tokenizer"]
-        except (ValueError, KeyError, TypeError):
-            raise ToolError(f"{path}: damaged; preprocess the domain again") from None
-        first = first or (mark, str(path))
-        if mark != first[0]:
-            raise ToolError(
-                f"{path}: made with another tokenizer than {first[1]}; preprocess one of them "
-                "again, or, if you know that both give the same ids, remove one .info"
-            )
+    from megatron_mile.errors import MileError
+    from megatron_mile.run_record import data_files  # the import takes seconds
+
+    tokenizers = {}
+    for path in (f"{prefix}.info" for prefix in prefixes):
+        if os.path.isfile(path):  # Megatron's own tool makes none
+            try:
+                tokenizers[path] = data_files.tokenizer_of(path)
+            except (ValueError, LookupError, TypeError, RecursionError):
+                raise ToolError(f"{path}: damaged; preprocess the domain again") from None
+    try:
+        data_files.check_tokenizers(tokenizers)
+    except MileError as error:
+        raise ToolError(str(error)) from error
 
 
 def _shares(domain: str, prefixes: Sequence[str], weight: float) -> list[Share]:

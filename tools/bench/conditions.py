@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from megatron_mile.run_record.record import git_state
 
 
 def conditions() -> dict[str, str]:
@@ -41,10 +40,5 @@ def _device_name() -> str:
 
 def _commit() -> str:
     """Return the commit, with "+" if code that is timed differs from it; "unknown" without git."""
-    git = ["git", "-C", str(ROOT)]
-    changed = [*git, "status", "--porcelain", "--", "megatron_mile", "tools/bench/*.py"]
-    try:
-        head = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True)
-        return head.strip() + "+" * bool(subprocess.check_output(changed))
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    state = git_state(__file__, "megatron_mile", "tools/bench/*.py")
+    return state["commit"][:10] + "+" * state["dirty"] if state else "unknown"

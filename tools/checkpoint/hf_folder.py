@@ -13,10 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_mile.errors import MileError
+from megatron_mile.integration.hf_folder import INDEX, WHOLE, weight_files
 from tools.common.cli import ToolError
+from tools.common.files import read_json
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The rows by which Megatron pads a vocabulary; transformers does not look at it.
 PADDING = "megatron_padding.safetensors"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -67,16 +69,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ToolError: it is missing, or not a JSON object.
     """
+    path = folder / CONFIG
     try:
-        return _read_object(folder / CONFIG)
+        content = read_json(path)
     except FileNotFoundError:
         raise ToolError(f"no Hugging Face model in {folder}: {CONFIG} is missing") from None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ToolError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
         raise ToolError(f"{path}: expected an object")
@@ -89,16 +87,15 @@ def open_weights(folder: Path) -> Tensors:
     Raises:
         ToolError: there are none, or they cannot be read.
     """
-    if (folder / WHOLE).is_file():
-        return Tensors([folder / WHOLE])
     try:
-        places = _read_object(folder / INDEX).get("weight_map")
+        files = weight_files(folder).values()
     except FileNotFoundError:
         raise ToolError(f"{folder}: neither {WHOLE} nor {INDEX}; convert to safetensors") from None
-    files = places.values() if isinstance(places, dict) else [None]
-    if not all(isinstance(name, str) and name == Path(name).name for name in files):
-        raise ToolError(f"{folder / INDEX}: expected weight_map with names of files beside it")
-    return Tensors(folder / name for name in sorted(set(files)))
+    except MileError as error:
+        raise ToolError(str(error)) from error
+    except SafetensorError as error:
+        raise ToolError(f"{folder / WHOLE}: cannot be read ({error})") from error
+    return Tensors(sorted(set(files)))
 
 
 def open_padding(folder: Path) -> Tensors:

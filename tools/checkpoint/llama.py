@@ -180,11 +180,6 @@ def progress(found: Sequence[Weight]) -> tqdm:
     return tqdm(total=total, unit="weight", unit_scale=True, disable=None)
 
 
-def is_optimizer(key: str) -> bool:
-    """Whether a key of a checkpoint belongs to the optimizer."""
-    return bool(re.match(r"(chained_\d+\.)?optimizer\.", key))
-
-
 def form_of(keys: Collection[str], hybrid: bool) -> Form:
     """Recognise the form of a checkpoint by its keys."""
     stacked = not any(re.match(r"decoder\.layers\.\d+\.", key) for key in keys)

@@ -19,12 +19,17 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from tools.checkpoint.torch_dist import LAST_FILE, Checkpoint, cause_of
+from megatron_mile.integration.checkpoint_folder import (
+    LAST_FILE,
+    TRACKER,
+    iteration_name,
+    latest_name,
+)
+from megatron_mile.integration.torch_dist import cause_of
+from tools.checkpoint.torch_dist import Checkpoint
 from tools.common.cli import ToolError
 from tools.common.megatron import megatron_module
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"  # Megatron's word for weights that come from elsewhere
 # One process, plain PyTorch layers: settings of the training run that do not hold here.
 _SINGLE_PROCESS = {
     "tensor_model_parallel_size": 1,
@@ -70,7 +75,7 @@ def checkpoint_folder(load: str | Path, step: int | None = None) -> Path:
     if step is None and (load / LAST_FILE).is_file():
         return load
     try:
-        name = _folder_name(step if step is not None else (load / TRACKER).read_text().strip())
+        name = latest_name(load) if step is None else iteration_name(step)
     except FileNotFoundError:
         raise ToolError(f"no Megatron checkpoint in {load}: {TRACKER} is missing") from None
     except ValueError:
@@ -78,10 +83,6 @@ def checkpoint_folder(load: str | Path, step: int | None = None) -> Path:
     if not (load / name / LAST_FILE).is_file():
         raise ToolError(f"no torch_dist checkpoint at {load / name}: no {LAST_FILE}")
     return load / name
-
-
-def _folder_name(latest: int | str) -> str:
-    return RELEASE if latest == RELEASE else f"iter_{int(latest):07d}"
 
 
 def choose_device(cpu: bool) -> torch.device:

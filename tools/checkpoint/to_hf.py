@@ -30,7 +30,6 @@ from tools.checkpoint.llama import (
     check_layers,
     check_names,
     form_of,
-    is_optimizer,
     progress,
     weights,
 )
@@ -58,15 +57,13 @@ def to_hf(args: argparse.Namespace) -> str:
         ToolError: the checkpoint cannot be read, or its model is not LLaMA's.
     """
     checkpoint = Checkpoint(checkpoint_folder(args.load, args.ckpt_step))
-    if (trained := checkpoint.common().get("args")) is None:
-        raise ToolError(f"{checkpoint.folder}: holds no training arguments")
-    stored = {key: entry for key, entry in checkpoint.tensors.items() if not is_optimizer(key)}
+    trained, sizes = checkpoint.common()["args"], checkpoint.weights
     settings = from_megatron(trained)
-    model, sizes = settings.model, {key: tuple(entry.size) for key, entry in stored.items()}
+    model = settings.model
     check_layers(checkpoint.folder, sizes, model)
-    found = weights(model, form_of(stored, is_hybrid(trained)))
+    found = weights(model, form_of(sizes, is_hybrid(trained)))
     check_names(checkpoint.folder, sizes, {weight.key: weight.size for weight in found})
-    dtype = choose_dtype(args.dtype, {entry.properties.dtype for entry in stored.values()})
+    dtype = choose_dtype(args.dtype, {checkpoint.tensors[key].properties.dtype for key in sizes})
     source = _tokenizer_source(args.tokenizer_model, trained)
     with new_folder(Path(args.output)) as folder:
         tokenizer = _put_tokenizer(source, trained, folder) if source else None

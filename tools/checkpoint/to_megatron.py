@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_mile.integration.checkpoint_folder import RELEASE, TRACKER
 from tools.checkpoint.hf_config import from_hugging_face
 from tools.checkpoint.hf_folder import (
     PADDING,
@@ -29,7 +30,6 @@ from tools.checkpoint.llama import (
     weights,
 )
 from tools.checkpoint.llama_config import args_of, choose_dtype
-from tools.checkpoint.megatron_model import RELEASE, TRACKER
 from tools.checkpoint.run_tokenizer import build_from, type_of
 from tools.checkpoint.torch_dist import COMMON, write_checkpoint
 from tools.common.cli import ToolError

@@ -1,93 +1,29 @@
-"""Reads and writes Megatron's torch_dist checkpoints without unpickling arbitrary objects.
-
-Such a folder is a distributed checkpoint of torch: `.metadata` lists tensors and objects, the
-`.distcp` files hold them, and Megatron's `metadata.json`, written last, says that all is there.
-torch 2.13 unpickles `.metadata` and the objects whatever they are. Here `.metadata` may name the
-classes below and no others, and objects are what torch's `weights_only` loading and Megatron's list
-of safe classes allow.
-"""
+"""Reads Megatron's torch_dist checkpoints by the library's rules, and writes them."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
+from megatron_mile.integration.checkpoint_folder import LAST_FILE, OF_THE_OPTIMIZER
+from megatron_mile.integration.torch_dist import Reader, load_object, one_process
 from tools.checkpoint.stored_args import check_common
 from tools.common.cli import ToolError
 from tools.common.megatron import megatron_module
 
-# Written last, so that a folder with it is whole; Megatron looks for it too.
-LAST_FILE = "metadata.json"
 EXTRA_STATE = "._extra_state/"
 # Objects of the run, which no model asks for.
-_OF_THE_RUN = ("optimizer.", "chained_", "rng_state/", "rerun_state_machine_state/")
+_OF_THE_RUN = (*OF_THE_OPTIMIZER, "rng_state/", "rerun_state_machine_state/")
 COMMON, _COMMON_BEFORE_0_19 = "common_state/shard_0_1", "common.pt"
-_DCP = "torch.distributed.checkpoint"
-_METADATA_CLASSES = {
-    "argparse": {"Namespace"},
-    "collections": {"OrderedDict", "defaultdict"},
-    "pathlib": {"PosixPath"},
-    "torch": {"Size", *(name for name, kind in vars(torch).items() if type(kind) is torch.dtype)},
-    "torch.serialization": {"_get_layout"},
-    f"{_DCP}.filesystem": {"_StorageInfo"},
-    f"{_DCP}.metadata": {
-        *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "TensorProperties"),
-        *("TensorStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
-    },
-    f"{_DCP}.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
-    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _METADATA_CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
-
-
-class _Reader(dcp.FileSystemReader):
-    """torch's reader, with `.metadata` read once and by rule."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        with (folder / ".metadata").open("rb") as file:
-            self.metadata: Metadata = _Unpickler(file).load()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.metadata
-
-
-class _LoadPlanner(dcp.DefaultLoadPlanner):
-    """torch's planner, with objects read by rule."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def load_bytes(self, read_item: Any, value: BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = _load(value.read())
-
-
-def _load(content: bytes) -> Any:
-    """Read an object by torch's rules, after comparing checksums, which torch does not."""
-    with ZipFile(BytesIO(content)) as archive:
-        if damaged := archive.testzip():
-            raise pickle.UnpicklingError(f"the checksum of {damaged} is wrong")
-    return torch.load(BytesIO(content), weights_only=True)
 
 
 class Checkpoint:
@@ -104,11 +40,9 @@ class Checkpoint:
             megatron_module("megatron.core.safe_globals").register_safe_globals()
             if json.loads((folder / LAST_FILE).read_text())["sharded_backend"] != "torch_dist":
                 raise ToolError("expected --ckpt-format torch_dist")
-            self._reader = _Reader(folder)
-            entries = self._reader.metadata.state_dict_metadata.items()
-            self.tensors = {k: e for k, e in entries if isinstance(e, TensorStorageMetadata)}
+            self._reader = Reader(folder)
+            self.tensors = self._reader.tensors
             """Size and dtype by key, of weights and optimizer."""
-            self._objects = [key for key, _ in entries if key not in self.tensors]
             self.weights = {
                 key: tuple(map(int, entry.size))
                 for key, entry in self.tensors.items()
@@ -118,10 +52,8 @@ class Checkpoint:
 
     def tensor(self, key: str) -> torch.Tensor:
         """Read one tensor whole, in its own dtype, onto the CPU."""
-        entry = self.tensors[key]
-        target = torch.empty(entry.size, dtype=entry.properties.dtype)
-        self._read(key, target)
-        return target
+        with self._errors():
+            return self._reader.tensor(key)
 
     def common(self) -> dict[str, Any]:
         """Read what Megatron stores beside the tensors: "args", "iteration" and others.
@@ -129,12 +61,12 @@ class Checkpoint:
         Raises:
             ToolError: it cannot be read, or is not what `check_common` expects.
         """
-        if COMMON in self._objects:
-            shards = self._read(COMMON, None)
-            common = shards[0] if isinstance(shards, list) and shards else None
-        else:
-            with self._errors():
-                common = _load((self.folder / _COMMON_BEFORE_0_19).read_bytes())
+        with self._errors():
+            if COMMON in self._reader.objects:
+                shards = self._reader.object(COMMON)
+                common = shards[0] if isinstance(shards, list) and shards else None
+            else:
+                common = load_object((self.folder / _COMMON_BEFORE_0_19).read_bytes())
         return check_common(self.folder, common, self.weights)
 
     def check_objects(self) -> None:
@@ -145,43 +77,23 @@ class Checkpoint:
         Raises:
             ToolError: an object asks for a class that is not safe.
         """
-        for key in self._objects:
+        for key in self._reader.objects:
             if not key.startswith(_OF_THE_RUN):
-                self._read(key, None)
-
-    def _read(self, key: str, target: Any) -> Any:
-        state, planner = {key: target}, _LoadPlanner()
-        with self._errors(), _one_process():
-            dcp.load(state, storage_reader=self._reader, planner=planner, no_dist=True)
-        return state[key]
+                with self._errors():
+                    self._reader.object(key)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """Name the folder in every error; torch, zip and pickle raise their own kinds."""
         try:
             yield
-        except (Exception, CheckpointException) as error:
-            cause = cause_of(error)
-            reason = str(cause) or repr(cause)
+        except Exception as error:
+            reason = str(error) or repr(error)
             # torch's own text goes on with the advice to read the object without this guard.
             asked = re.search(r"GLOBAL (\S+)", reason)
-            if isinstance(cause, pickle.UnpicklingError) and asked:
+            if isinstance(error, pickle.UnpicklingError) and asked:
                 reason = f"it asks for {asked[1]}"
             raise ToolError(f"{self.folder}: cannot be read ({reason})") from error
-
-
-def cause_of(error: BaseException) -> BaseException:
-    """The error in torch's report of errors by rank, which itself is no Exception."""
-    if isinstance(error, CheckpointException):
-        return next(iter(error.failures.values()))[0]
-    return error
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):
@@ -222,10 +134,7 @@ def write_checkpoint(
     tensors = {key: torch.empty(size, dtype=dtype, device="meta") for key, size in sizes.items()}
     state = {**tensors, **{key: [value] for key, value in objects.items()}}
     writer, planner = dcp.FileSystemWriter(folder), _SavePlanner(make)
-    try:
-        with _one_process():
-            dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
-    except CheckpointException as error:
-        raise cause_of(error) from error
+    with one_process():
+        dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
     content = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (folder / LAST_FILE).write_text(json.dumps(content))

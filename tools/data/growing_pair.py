@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -13,11 +12,6 @@ import numpy as np
 from tools.common.cli import ToolError
 from tools.common.megatron import megatron_module
 
-# Of an .idx: magic, version, code of the token type, number of sequences, of documents plus 1.
-# Then, for each sequence, its length i32; for each its offset in bytes i64; and i64 the number of
-# sequences before each document, and in all.
-INDEX_HEADER = struct.Struct("<9sQBQQ")
-INDEX_MAGIC = b"MMIDIDX\0\0"
 _BLOCK = 1 << 20
 
 
@@ -144,11 +138,13 @@ def _damaged(path: Path) -> ToolError:
 
 def _write_index(stem: Path, index: Path, dtype: type[np.number], sizes: Sizes) -> None:
     """Write an .idx block by block; raise `ToolError` where lengths and sizes contradict."""
+    from megatron_mile.run_record.data_files import IndexHead  # the import takes seconds
+
     kinds = megatron_module("megatron.core.datasets.indexed_dataset").DType
     lengths, sequences = (stem.with_name(stem.name + end) for end in (".lengths", ".sequences"))
-    header = (INDEX_MAGIC, 1, kinds.code_from_dtype(dtype), sizes.sequences, sizes.documents + 1)
+    head = IndexHead(kinds.code_from_dtype(dtype), sizes.sequences, sizes.documents + 1)
     with index.open("wb") as file:
-        file.write(INDEX_HEADER.pack(*header))
+        file.write(head.pack())
         for block in _blocks(lengths):
             file.write(block.tobytes())
         start = 0

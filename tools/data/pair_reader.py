@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 
 from tools.common.cli import ToolError
 from tools.common.megatron import megatron_module
-from tools.data.growing_pair import INDEX_HEADER, INDEX_MAGIC
 
 SUFFIXES = (".idx", ".bin", ".info")
 _BLOCK = 1 << 20
@@ -54,8 +54,10 @@ def open_pair(prefix: str) -> tuple[Any, int]:
 
 def _check_index(path: Path) -> None:
     """Refuse an index that Megatron's reader would fail on at length, or read as something else."""
+    from megatron_mile.run_record.data_files import INDEX_HEAD_BYTES
+
     dtype, sequences, documents = _header(path)
-    content, start = np.memmap(path, mode="r"), INDEX_HEADER.size
+    content, start = np.memmap(path, mode="r"), INDEX_HEAD_BYTES
     lengths = np.frombuffer(content, np.int32, sequences, start)
     starts = np.frombuffer(content, np.int64, sequences, start + 4 * sequences)
     borders = np.frombuffer(content, np.int64, documents, start + 12 * sequences)
@@ -65,25 +67,28 @@ def _check_index(path: Path) -> None:
 
 def _header(path: Path) -> tuple[np.dtype, int, int]:
     """Read the type of the tokens, the number of sequences, and that of documents plus 1."""
+    from megatron_mile.run_record.data_files import INDEX_HEAD_BYTES, IndexHead
+
     broken = ToolError(f"{path}: not a whole Megatron index; preprocess the data again")
-    with path.open("rb") as file:
-        header = file.read(INDEX_HEADER.size)
-    if len(header) < INDEX_HEADER.size:
+    try:
+        with path.open("rb") as file:
+            head = IndexHead.read(file)
+    except struct.error:
+        raise broken from None
+    if head is None or head.version != 1 or not head.borders:
         raise broken
-    magic, version, code, sequences, documents = INDEX_HEADER.unpack(header)
-    size = INDEX_HEADER.size + sequences * (4 + 8) + documents * 8
+    size = INDEX_HEAD_BYTES + head.sequences * (4 + 8) + head.borders * 8
     # A multimodal index has one more byte for each sequence.
-    whole = documents and path.stat().st_size in (size, size + sequences)
-    if (magic, version) != (INDEX_MAGIC, 1) or not whole:
+    if path.stat().st_size not in (size, size + head.sequences):
         raise broken
     kinds = megatron_module("megatron.core.datasets.indexed_dataset").DType
     known = {kind.value: kind.name for kind in kinds if "int" in kind.name}
-    if code not in known:
+    if head.kind not in known:
         names = ", ".join(f"{value} for {name}" for value, name in sorted(known.items()))
         raise ToolError(
-            f"{path}: the type of its tokens is {code}; expected {names}; preprocess it again"
+            f"{path}: the type of its tokens is {head.kind}; expected {names}; preprocess it again"
         )
-    return np.dtype(known[code]), sequences, documents
+    return np.dtype(known[head.kind]), head.sequences, head.borders
 
 
 def _follow(lengths: np.ndarray, starts: np.ndarray, token: int) -> bool:
