@@ -258,7 +258,7 @@ def bend(model: Path, changes: Mapping[str, Any], missing: str | None = None) ->
         missing: name of an argument, or so of another entry, to leave out.
     """
     source = Checkpoint(model)
-    (common,) = source._read(COMMON, None)
+    (common,) = source.reader.object(COMMON)
     for name, value in changes.items():
         holder = common if name.startswith("common.") else vars(common["args"])
         holder[name.removeprefix("common.")] = value
@@ -266,7 +266,7 @@ def bend(model: Path, changes: Mapping[str, Any], missing: str | None = None) ->
         holder = common if missing.startswith("common.") else vars(common["args"])
         del holder[missing.removeprefix("common.")]
     tensors = {key: source.tensor(key) for key in source.tensors}
-    objects = {**dict.fromkeys(source._objects), COMMON: common}
+    objects = {**dict.fromkeys(source.reader.objects), COMMON: common}
     shutil.rmtree(model)
     sizes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     write_checkpoint(model, sizes, torch.float32, tensors.__getitem__, objects)

@@ -161,10 +161,11 @@ def test_layers_without_weights_are_no_reason_to_list_them(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = convert("megatron", folder, tmp_path / "there")
-    message = f"of {LARGEST} layers, at most 2 have weights"
     many = with_args(there, tmp_path / "many", num_layers=LARGEST)
+    message = f"stored num_layers is {LARGEST}; expected no more than the layers of its tensors, 2"
     assert message in refused(capsys, "hf", many, tmp_path / "out")
     (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": LARGEST}))
+    message = f"of {LARGEST} layers, at most 2 have weights"
     assert message in refused(capsys, "megatron", folder, tmp_path / "out")
 
 

@@ -314,7 +314,7 @@ def test_what_is_missing_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.json", "[" * 100_000, "not JSON (maximum recursion depth"),
+        ("config.json", "[" * 100_000, "not JSON (nested too deeply"),
         ("config.json", "[]", "expected an object"),
         ("config.json", '{"vocab_size": ' + "9" * 5000 + "}", "not JSON"),
         ("model.safetensors.index.json", '{"weight_map": ["a"]}', "expected weight_map"),

@@ -40,8 +40,8 @@ class Checkpoint:
             megatron_module("megatron.core.safe_globals").register_safe_globals()
             if json.loads((folder / LAST_FILE).read_text())["sharded_backend"] != "torch_dist":
                 raise ToolError("expected --ckpt-format torch_dist")
-            self._reader = Reader(folder)
-            self.tensors = self._reader.tensors
+            self.reader = Reader(folder)
+            self.tensors = self.reader.tensors
             """Size and dtype by key, of weights and optimizer."""
             self.weights = {
                 key: tuple(map(int, entry.size))
@@ -53,7 +53,7 @@ class Checkpoint:
     def tensor(self, key: str) -> torch.Tensor:
         """Read one tensor whole, in its own dtype, onto the CPU."""
         with self._errors():
-            return self._reader.tensor(key)
+            return self.reader.tensor(key)
 
     def common(self) -> dict[str, Any]:
         """Read what Megatron stores beside the tensors: "args", "iteration" and others.
@@ -62,8 +62,8 @@ class Checkpoint:
             ToolError: it cannot be read, or is not what `check_common` expects.
         """
         with self._errors():
-            if COMMON in self._reader.objects:
-                shards = self._reader.object(COMMON)
+            if COMMON in self.reader.objects:
+                shards = self.reader.object(COMMON)
                 common = shards[0] if isinstance(shards, list) and shards else None
             else:
                 common = load_object((self.folder / _COMMON_BEFORE_0_19).read_bytes())
@@ -77,10 +77,10 @@ class Checkpoint:
         Raises:
             ToolError: an object asks for a class that is not safe.
         """
-        for key in self._reader.objects:
+        for key in self.reader.objects:
             if not key.startswith(_OF_THE_RUN):
                 with self._errors():
-                    self._reader.object(key)
+                    self.reader.object(key)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
