@@ -62,7 +62,7 @@ def _in_form_of(host: Any, total: torch.Tensor, count: torch.Tensor) -> Any:
     if isinstance(host, (tuple, list)):
         return total, count
     mean = total / torch.where(count == 0, 1, count)
-    return mean.view_as(host) if isinstance(host, torch.Tensor) else mean
+    return mean.view_as(host) if isinstance(host, torch.Tensor) and host.numel() == 1 else mean
 
 
 def describe(config: ObjectiveConfig) -> str:
