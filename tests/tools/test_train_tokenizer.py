@@ -23,7 +23,7 @@ from tool_forker import ToolForker
 from tools.common.megatron import megatron_module
 from tools.train_tokenizer import END_OF_TEXT, PADDING, main
 
-TOOL = Path(sys.modules["train_tokenizer"].__file__ or "")
+TOOL = Path(sys.modules["tools.train_tokenizer"].__file__ or "")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
