@@ -50,7 +50,8 @@ _COMMON = (
         "alpha, which keeps the weighted loss comparable with cross-entropy: global one mean "
         "weight over the micro-batch on all data- and context-parallel ranks, local over this "
         "rank's micro-batch, none alpha = 1, official the mean over ranks of each rank's 1 / mean "
-        "weight as in the MiLe authors' code",
+        "weight as in the MiLe authors' code; formed anew in each micro-batch, so that but with "
+        "none the objective depends on micro-batch and data-parallel size",
         choices=("global", "local", "none", "official"),
     ),
     Setting(

@@ -39,23 +39,26 @@ not there. (Megatron-Bridge, NVIDIA's library for this, needs Transformer Engine
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from _cli import new_parser, one_line_errors
-from _llama import FORMS
-from _llama_config import DTYPES
-from _to_hf import to_hf
-from _to_megatron import to_megatron
+if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+from tools.checkpoint.llama import FORMS
+from tools.checkpoint.llama_config import DTYPES
+from tools.checkpoint.to_hf import to_hf
+from tools.checkpoint.to_megatron import to_megatron
+from tools.common.cli import new_parser, run_tool
+from tools.common.megatron import silence_megatron
 
 PROG = "tools/convert_checkpoint.py"
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (default: that of the process)."""
+def command_line() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = new_parser(PROG, __doc__)
     add = parser.add_argument
     add("--to", required=True, choices=("hf", "megatron"), help="what to write")
@@ -72,20 +75,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--vocab-size", type=int, help="tokens without padding (default: the tokenizer's)")
     group = parser.add_argument_group("to megatron")
     group.add_argument("--model", choices=FORMS, default="gpt", help="default: %(default)s")
-    return parser.parse_args(argv)
+    return parser
+
+
+def convert_checkpoint(args: argparse.Namespace) -> None:
+    """Run the tool.
+
+    Args:
+        args: parsed flags.
+
+    Raises:
+        ToolError: what is read is no model of LLaMA's kind, or the output cannot be written.
+    """
+    silence_megatron()
+    note = (to_hf if args.to == "hf" else to_megatron)(args)
+    print(f"{args.output}: {note}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line (default: that of the process)."""
-    args = parse_args(argv)
-    warnings.simplefilter("ignore")  # Megatron's own notices about missing GPU packages
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    with one_line_errors(PROG):
-        note = (to_hf if args.to == "hf" else to_megatron)(args)
-        print(f"{args.output}: {note}")
+    run_tool(command_line(), convert_checkpoint, argv)
 
 
 if __name__ == "__main__":
-    # A clone that is not installed is found too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     main()

@@ -23,17 +23,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from _cli import ToolError, new_parser, one_line_errors
-from _footprint import Memory, cost_flops, memory, micro_batches
-from _job import SIZES, build_shard, count_parameters, parse, refusals, size_flags
-from _megatron import megatron_module
+if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+from tools.common.cli import ToolError, UsageError, new_parser, run_tool
+from tools.common.megatron import megatron_module, silence_megatron
+from tools.estimation.footprint import Memory, cost_flops, memory, micro_batches
+from tools.estimation.job import SIZES, build_shard, count_parameters, parse, refusals, size_flags
 
 PROG = "tools/estimate.py"
 SIZES_OF_A_GROUP = (1, 2, 4, 8)
@@ -49,12 +51,11 @@ _RANGES = {
 }
 
 
-def estimate(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
-    """Run the tool.
+def estimation(args: argparse.Namespace) -> dict[str, Any]:
+    """Estimate a job.
 
     Args:
-        args: parsed flags of the tool itself.
-        flags: the job's flags, Megatron's.
+        args: parsed flags; `flags` are the job's, Megatron's.
 
     Returns:
         What --json prints.
@@ -62,7 +63,7 @@ def estimate(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
     Raises:
         ToolError: the flags make no job.
     """
-    flags = [*(size_flags(args.size) if args.size else ()), *flags]
+    flags = [*(size_flags(args.size) if args.size else ()), *args.flags]
     job = parse(flags, args.gpus)
     with refusals(args.gpus):
         parameters = count_parameters(build_shard(job), job.tensor_model_parallel_size)
@@ -171,8 +172,8 @@ def _layout_rows(layouts: Sequence[dict[str, Any]]) -> Iterator[str]:
         )
 
 
-def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the command line (default: that of the process) into the tool's flags and the job's."""
+def command_line() -> argparse.ArgumentParser:
+    """Make the parser of the tool's own flags."""
     parser = new_parser(PROG, __doc__)
     add = parser.add_argument
     add("--size", choices=SIZES, help="script below examples/sizes (default: none)")
@@ -186,30 +187,44 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, l
         help="peak of a GPU, TFLOP/s (default: %(default)s, an H100 SXM in dense bf16)",
     )
     add("--json", action="store_true", help="print JSON instead of the table")
-    args, flags = parser.parse_known_args(argv)
-    if not (args.size or flags):
-        parser.error("give --size or the flags of a Megatron job")
+    return parser
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of which no estimate can be made.
+
+    Raises:
+        UsageError: there is no job, or a number is out of its range.
+    """
+    if not (args.size or args.flags):
+        raise UsageError("give --size or the flags of a Megatron job")
     for name, (least, most) in _RANGES.items():
         if not least <= getattr(args, name) <= most:
             flag = "--" + name.replace("_", "-")
-            parser.error(
+            raise UsageError(
                 f"{flag} {getattr(args, name)}: expected a number from {least:g} to {most:g}"
             )
-    return args, flags
+
+
+def estimate(args: argparse.Namespace) -> None:
+    """Run the tool.
+
+    Args:
+        args: parsed flags; `flags` are the job's.
+
+    Raises:
+        ToolError: the flags make no job.
+    """
+    check_flags(args)
+    silence_megatron()
+    result = estimation(args)
+    print(json.dumps(result, indent=2) if args.json else report(result))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line (default: that of the process)."""
-    args, flags = parse_args(argv)
-    warnings.simplefilter("ignore")  # Megatron's own notices about missing GPU packages
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with one_line_errors(PROG):
-        result = estimate(args, flags)
-        print(json.dumps(result, indent=2) if args.json else report(result))
+    run_tool(command_line(), estimate, argv, others="flags")
 
 
 if __name__ == "__main__":
-    # A clone that is not installed is found too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     main()

@@ -28,29 +28,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _cli import ToolError, new_parser, one_line_errors, write_whole
-from _comparison import Evaluation, read_evaluation, read_evaluations, table
-from _harness import PAPER_SHOTS, PAPER_TASKS, run_harness
-from _output import output_file
-from _pair_reader import files_of
-from token_frequency import BUCKETS
+if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+from tools.common.cli import ToolError, UsageError, new_parser, run_tool
+from tools.common.files import write_whole
+from tools.common.megatron import silence_megatron
+from tools.common.outputs import output_file
+from tools.data.frequency_buckets import BUCKETS
+from tools.data.pair_reader import files_of
+from tools.evaluation.comparison import Evaluation, read_evaluation, read_evaluations, table
+from tools.evaluation.harness import PAPER_SHOTS, PAPER_TASKS, run_harness
 
 PROG = "tools/evaluate.py"
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the tool on one model.
+def evaluation(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate one model.
 
     Args:
-        args: parsed flags of `parse_args`.
+        args: parsed flags.
 
     Returns:
         The content of the JSON file.
@@ -73,7 +77,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         )
         _report_missing(result["harness"], alone=args.load is None)
     if args.load:
-        from _perplexity import perplexity
+        from tools.evaluation.perplexity import perplexity
 
         figures = perplexity(
             args.load,
@@ -100,7 +104,8 @@ def output_of(args: argparse.Namespace) -> Path | None:
         return None
     inputs: list[Path] = [args.hf] if args.hf else []
     if args.load:
-        from _checkpoint import TRACKER, checkpoint_folder
+        from megatron_mile.integration.checkpoint_folder import TRACKER
+        from tools.checkpoint.megatron_model import checkpoint_folder
 
         inputs += [checkpoint_folder(args.load, args.ckpt_step), Path(args.load, TRACKER)]
         inputs += files_of(args.data_prefix)
@@ -147,25 +152,25 @@ def compare(args: argparse.Namespace) -> None:
     """Print, and draw, several evaluations side by side.
 
     Args:
-        args: parsed flags of `parse_args`.
+        args: parsed flags.
 
     Raises:
         ToolError: a file is not an evaluation, or the picture cannot be written.
     """
     if args.picture:
-        from _picture import picture_file
+        from tools.common.picture import picture_file
 
         picture = picture_file("--picture", args.picture, args.compare)
     evaluations = read_evaluations(args.compare)
     print(table(evaluations))
     if args.picture:
-        from _comparison_picture import draw
+        from tools.evaluation.comparison_picture import draw
 
         draw(evaluations, picture)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (default: that of the process)."""
+def command_line() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = new_parser(PROG, __doc__)
     add = parser.add_argument_group("perplexity").add_argument
     add("--load", help="Megatron checkpoint folder (torch_dist)")
@@ -208,47 +213,57 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="windows or requests at a time (default: %(default)s)",
     )
     add("--cpu", action="store_true", help="use the CPU even where there is a GPU")
-    args = parser.parse_args(argv)
-    _check_flags(parser, args)
-    return args
+    return parser
 
 
-def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error where flags do not go together."""
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together.
+
+    Raises:
+        UsageError: two do not.
+    """
     if bool(args.compare) == bool(args.load or args.hf):
-        parser.error("give --load, --hf or both; or --compare with what they wrote")
+        raise UsageError("give --load, --hf or both; or --compare with what they wrote")
     if bool(args.load) != bool(args.data_prefix):
-        parser.error("--load and --data-prefix need each other")
+        raise UsageError("--load and --data-prefix need each other")
     if args.picture and not args.compare:
-        parser.error("--picture needs --compare")
+        raise UsageError("--picture needs --compare")
     if args.compare and args.output is not None:
-        parser.error("--output is for --load and --hf; --compare has --picture")
+        raise UsageError("--output is for --load and --hf; --compare has --picture")
     if args.micro_batch_size < 1:
-        parser.error(f"--micro-batch-size {args.micro_batch_size}: expected at least 1")
+        raise UsageError(f"--micro-batch-size {args.micro_batch_size}: expected at least 1")
     if min(args.shots) < 0:
-        parser.error(f"--shots {min(args.shots)}: expected 0 or more")
+        raise UsageError(f"--shots {min(args.shots)}: expected 0 or more")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Run the tool.
+
+    Args:
+        args: parsed flags.
+
+    Raises:
+        ToolError: an input cannot be used, or the output not be written.
+    """
+    check_flags(args)
+    silence_megatron()
+    if args.compare:
+        compare(args)
+        return
+    output = output_of(args)
+    result = evaluation(args)
+    if output:
+        write_whole(output, json.dumps(result, indent=2) + "\n")
+    if args.load:
+        print(perplexity_table(result))
+    if args.hf:
+        print(table([Evaluation(args.hf.name, {"harness": result["harness"]})]))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line (default: that of the process)."""
-    args = parse_args(argv)
-    warnings.simplefilter("ignore")  # Megatron's own notices about missing GPU packages
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    with one_line_errors(PROG):
-        if args.compare:
-            compare(args)
-            return
-        output = output_of(args)
-        result = evaluate(args)
-        if output:
-            write_whole(output, json.dumps(result, indent=2) + "\n")
-        if args.load:
-            print(perplexity_table(result))
-        if args.hf:
-            print(table([Evaluation(args.hf.name, {"harness": result["harness"]})]))
+    run_tool(command_line(), evaluate, argv)
 
 
 if __name__ == "__main__":
-    # A clone that is not installed is found too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     main()

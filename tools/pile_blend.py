@@ -20,15 +20,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from _cli import ToolError, new_parser, one_line_errors, read_json, write_whole
-from _output import output_file
-from _pair_reader import SUFFIXES, open_pair
-from _work_folder import file_name
+if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+from tools.common.cli import ToolError, new_parser, run_tool
+from tools.common.files import write_whole
+from tools.common.outputs import output_file
+from tools.data.pair_reader import SUFFIXES, open_pair
+from tools.data.work_folder import file_name
 
 PROG = "tools/pile_blend.py"
 # As in the source, where they sum to 1.6998.
@@ -113,20 +119,20 @@ def _pairs(folder: Path, domain: str) -> list[str]:
 
 def _check_tokenizers(prefixes: Sequence[str]) -> None:
     """Refuse pairs whose .info files name different tokenizers."""
-    first: tuple[str, str] | None = None
-    for path in (Path(f"{prefix}.info") for prefix in prefixes):
-        if not path.is_file():  # made by Megatron's own tool
-            continue
-        try:
-            mark = read_json(path)["tokenizer"]
-        except (ValueError, KeyError, TypeError):
-            raise ToolError(f"{path}: damaged; preprocess the domain again") from None
-        first = first or (mark, str(path))
-        if mark != first[0]:
-            raise ToolError(
-                f"{path}: made with another tokenizer than {first[1]}; preprocess one of them "
-                "again, or, if you know that both give the same ids, remove one .info"
-            )
+    from megatron_mile.errors import MileError
+    from megatron_mile.run_record import data_files  # the import takes seconds
+
+    tokenizers = {}
+    for path in (f"{prefix}.info" for prefix in prefixes):
+        if os.path.isfile(path):  # Megatron's own tool makes none
+            try:
+                tokenizers[path] = data_files.tokenizer_of(path)
+            except (ValueError, LookupError, TypeError, RecursionError):
+                raise ToolError(f"{path}: damaged; preprocess the domain again") from None
+    try:
+        data_files.check_tokenizers(tokenizers)
+    except MileError as error:
+        raise ToolError(str(error)) from error
 
 
 def _shares(domain: str, prefixes: Sequence[str], weight: float) -> list[Share]:
@@ -154,8 +160,8 @@ def table(shares: Sequence[Share]) -> str:
     return "\n".join(rows)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (default: that of the process)."""
+def command_line() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = new_parser(PROG, __doc__)
     add = parser.add_argument
     add("folder", type=Path, help="holds the .idx and .bin files of the domains")
@@ -165,23 +171,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="leave missing domains out and scale the other weights up",
     )
-    return parser.parse_args(argv)
+    return parser
+
+
+def pile_blend(args: argparse.Namespace) -> None:
+    """Run the tool.
+
+    Args:
+        args: parsed flags.
+
+    Raises:
+        ToolError: the pairs make no blend, or the output cannot be written.
+    """
+    if args.output:
+        pairs = [file for end in SUFFIXES for file in args.folder.glob(f"*{end}")]
+        output = output_file("--output", args.output, pairs)
+    shares = blend(args.folder, args.renormalize)
+    print(table(shares), file=sys.stderr)
+    value = " ".join(f"{share.weight:.10f} {share.prefix}" for share in shares)
+    if args.output:
+        write_whole(output, value + "\n")
+    else:
+        print(value)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line (default: that of the process)."""
-    args = parse_args(argv)
-    with one_line_errors(PROG):
-        if args.output:
-            pairs = [file for end in SUFFIXES for file in args.folder.glob(f"*{end}")]
-            output = output_file("--output", args.output, pairs)
-        shares = blend(args.folder, args.renormalize)
-        print(table(shares), file=sys.stderr)
-        value = " ".join(f"{share.weight:.10f} {share.prefix}" for share in shares)
-        if args.output:
-            write_whole(output, value + "\n")
-        else:
-            print(value)
+    run_tool(command_line(), pile_blend, argv)
 
 
 if __name__ == "__main__":

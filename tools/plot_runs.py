@@ -19,12 +19,25 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
 import matplotlib.pyplot as plt
 import numpy as np
-from _cli import new_parser, one_line_errors
-from _picture import picture_file, save
-from _runs import NoCurve, Run, differences, files_of, find_runs, read_record, read_run
 from matplotlib.axes import Axes
+
+from tools.common.cli import new_parser, run_tool
+from tools.common.picture import COLOURS, picture_file, save
+from tools.evaluation.runs import (
+    NoCurve,
+    Run,
+    differences,
+    files_of,
+    find_runs,
+    read_record,
+    read_run,
+)
 
 PROG = "tools/plot_runs.py"
 BARS = {
@@ -33,8 +46,6 @@ BARS = {
     "ppl_medium": "medium (15 %)",
     "ppl_low": "rare (5 %)",
 }
-# Okabe and Ito's palette, which colour-blind readers can tell apart; grey in place of black.
-COLOURS = ("#595959", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 FINAL_STEPS = 10
 _SMOOTHING_SHARE = 20
 
@@ -141,7 +152,7 @@ def plot_runs(args: argparse.Namespace) -> None:
     """Run the tool.
 
     Args:
-        args: parsed flags of `parse_args`.
+        args: parsed flags.
 
     Raises:
         ToolError: a run cannot be read, or the picture not be written.
@@ -184,24 +195,20 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (default: that of the process)."""
+def command_line() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = new_parser(PROG, __doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run, or of several")
     add("--output", required=True, help="picture to write (.png, .svg or .pdf)")
     add("--tag", default="lm loss", help="TensorBoard tag of the curves (default: %(default)s)")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line (default: that of the process)."""
-    args = parse_args(argv)
-    with one_line_errors(PROG):
-        plot_runs(args)
+    run_tool(command_line(), plot_runs, argv)
 
 
 if __name__ == "__main__":
-    # A clone that is not installed is found too.
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     main()

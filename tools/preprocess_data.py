@@ -9,8 +9,8 @@ beside them .info: what they hold, and a fingerprint of the tokenizer.
 
 The flags and files are those of Megatron-LM's own tools/preprocess_data.py (its partitions left
 out), and so are the bytes written. It also reads folders, patterns, plain text, .zst and .gz (see
-_documents.py), and needs megatron-core alone. Documents keep the order of the input whatever
-`--workers` is, and memory does not grow with the input.
+tools/data/documents.py), and needs megatron-core alone. Documents keep the order of the input
+whatever `--workers` is, and memory does not grow with the input.
 
 An interrupted or killed run loses less than one shard, --shard-bytes of text: the same command goes
 on where the last whole shard ended. Until the end everything lies in data/corpus.partial/ and an
@@ -39,14 +39,20 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from _batch_tokenizer import fingerprint
-from _cli import new_parser, one_line_errors
-from _documents import find_files, read_records, total_bytes
-from _encode import Encoder, encode_all
-from _megatron import add_tokenizer_flags, build_tokenizer, megatron_module, tokenizer_files
-from _sentences import sentence_splitter
-from _work_folder import WorkFolder, check_prefix
+if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
 from tqdm import tqdm
+
+from tools.common.cli import new_parser, run_tool
+from tools.common.megatron import megatron_module
+from tools.common.tokenizer import add_tokenizer_flags, build_tokenizer, tokenizer_files
+from tools.data.batch_tokenizer import fingerprint
+from tools.data.documents import find_files, read_records, total_bytes
+from tools.data.encoder import Encoder, encode_all
+from tools.data.sentences import sentence_splitter
+from tools.data.work_folder import WorkFolder, check_prefix
 
 PROG = "tools/preprocess_data.py"
 
@@ -55,7 +61,7 @@ def preprocess(args: argparse.Namespace) -> None:
     """Run the tool.
 
     Args:
-        args: parsed flags of `parse_args`.
+        args: parsed flags.
 
     Raises:
         ToolError: the input, the tokenizer or the output cannot be used; an existing pair stays.
@@ -147,8 +153,8 @@ def _positive(text: str) -> int:
     return value
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (default: that of the process)."""
+def command_line() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = new_parser(PROG, __doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="files, folders or glob patterns")
@@ -191,14 +197,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="text that is finished at a time and survives a kill (default: %(default)s)",
     )
     add_tokenizer_flags(parser, required=True)
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line (default: that of the process)."""
-    args = parse_args(argv)
-    with one_line_errors(PROG):
-        preprocess(args)
+    run_tool(command_line(), preprocess, argv)
 
 
 if __name__ == "__main__":

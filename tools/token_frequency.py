@@ -20,73 +20,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
 import numpy as np
-from _cli import ToolError, new_parser, one_line_errors, read_json, write_whole
-from _megatron import add_tokenizer_flags, build_tokenizer, check_vocabulary, tokenizer_files
-from _output import output_file
-from _pair_reader import files_of, open_pair
 from tqdm import tqdm
 
+from tools.common.cli import ToolError, UsageError, new_parser, run_tool
+from tools.common.files import write_whole
+from tools.common.outputs import output_file
+from tools.common.tokenizer import (
+    add_tokenizer_flags,
+    build_tokenizer,
+    check_vocabulary,
+    tokenizer_files,
+)
+from tools.data.frequency_buckets import BUCKETS, assign_buckets
+from tools.data.pair_reader import files_of, open_pair
+
 PROG = "tools/token_frequency.py"
-BUCKETS = ("high", "medium", "low")
-# Percent of all occurrences at which medium and low begin.
-BORDERS = (80, 95)
 _BLOCK_TOKENS = 1 << 22
-
-
-def assign_buckets(counts: np.ndarray) -> np.ndarray:
-    """Sort token ids into the three frequency buckets of the module docstring.
-
-    Args:
-        counts: occurrences [V], int64, not all zero. Up to 9e16 in all, where 100 times the sum
-            still fits; the borders are compared in integers, so nothing is rounded.
-
-    Returns:
-        Index into `BUCKETS` for each token id, [V], int8.
-    """
-    order = np.argsort(-counts, kind="stable")
-    before = np.cumsum(counts[order]) - counts[order]
-    bucket = np.empty(len(counts), dtype=np.int8)
-    bucket[order] = sum(before * 100 >= border * counts.sum() for border in BORDERS)
-    return bucket
-
-
-def load_buckets(path: str | Path) -> np.ndarray:
-    """Read the buckets that this tool wrote.
-
-    Args:
-        path: the JSON file.
-
-    Returns:
-        Index into `BUCKETS` for each token id, [V], int8.
-
-    Raises:
-        ToolError: the file is not what this tool writes.
-        OSError: it cannot be read.
-    """
-    try:
-        content = read_json(path)
-        if _is_whole(content):
-            return np.array(content["bucket"], dtype=np.int8)
-    except (ValueError, KeyError, TypeError, OverflowError):
-        pass
-    raise ToolError(f"{path}: not a token frequency file; make it with {PROG}")
-
-
-def _is_whole(content: dict[str, Any]) -> bool:
-    """Whether there is a bucket for each token id, the one that its count gives."""
-    bucket, counts = content["bucket"], content["counts"]
-    numbers = (content["vocab_size"], content["tokens"], *bucket, *counts)
-    return (
-        all(type(number) is int and number >= 0 for number in numbers)
-        and len(bucket) == len(counts) == content["vocab_size"] > 0
-        and sum(counts) == content["tokens"] > 0
-        and assign_buckets(np.array(counts, dtype=np.int64)).tolist() == bucket
-    )
 
 
 def count_tokens(prefix: str, counts: np.ndarray) -> None:
@@ -135,11 +94,15 @@ def token_frequency(args: argparse.Namespace) -> None:
     """Run the tool.
 
     Args:
-        args: parsed flags of `parse_args`.
+        args: parsed flags.
 
     Raises:
         ToolError: the data or the tokenizer cannot be used; nothing is written.
     """
+    if args.tokenizer_type is None and args.vocab_size is None:
+        raise UsageError("give --vocab-size, or --tokenizer-type and --tokenizer-model")
+    if args.output is None and len(args.data_prefix) > 1:
+        raise UsageError("give --output with more than one --data-prefix")
     inputs = [file for prefix in args.data_prefix for file in files_of(prefix)]
     name = args.output
     if name is None:
@@ -159,26 +122,19 @@ def token_frequency(args: argparse.Namespace) -> None:
         print(f"{name:8}{content['sizes'][name]:>12,}{content['shares'][name]:>10.2%}")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (default: that of the process)."""
+def command_line() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = new_parser(PROG, __doc__)
     add = parser.add_argument
     add("--data-prefix", nargs="+", required=True, help="pairs to count, without .bin and .idx")
     add("--output", help="JSON file (default: DATA_PREFIX_token_frequency.json)")
     add_tokenizer_flags(parser, required=False)
-    args = parser.parse_args(argv)
-    if args.tokenizer_type is None and args.vocab_size is None:
-        parser.error("give --vocab-size, or --tokenizer-type and --tokenizer-model")
-    if args.output is None and len(args.data_prefix) > 1:
-        parser.error("give --output with more than one --data-prefix")
-    return args
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line (default: that of the process)."""
-    args = parse_args(argv)
-    with one_line_errors(PROG):
-        token_frequency(args)
+    run_tool(command_line(), token_frequency, argv)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from _cli import ToolError, new_parser, one_line_errors, partial_path
-from _documents import find_files, read_records, total_bytes
-from _megatron import check_vocabulary
-from _output import output_file, output_place
-from _texts import content_of, texts_of
+if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
+
+from tools.common.cli import ToolError, new_parser, run_tool
+from tools.common.files import partial_path
+from tools.common.outputs import output_file, output_place
+from tools.common.tokenizer import check_vocabulary
+from tools.data.documents import find_files, read_records, total_bytes
+from tools.data.texts import content_of, texts_of
 
 PROG = "tools/train_tokenizer.py"
 END_OF_TEXT = "<|endoftext|>"
@@ -125,7 +131,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     """Run the tool.
 
     Args:
-        args: parsed flags of `parse_args`.
+        args: parsed flags.
 
     Raises:
         ToolError: the input or the output folder cannot be used; nothing is changed.
@@ -160,8 +166,8 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     )
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (default: that of the process)."""
+def command_line() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = new_parser(PROG, __doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="files, folders or glob patterns")
@@ -181,14 +187,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--output", required=True, help="folder to write")
     add("--overwrite", action="store_true", help="replace the tokenizer in --output")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line (default: that of the process)."""
-    args = parse_args(argv)
-    with one_line_errors(PROG):
-        train_tokenizer(args)
+    run_tool(command_line(), train_tokenizer, argv)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,26 @@ class TrainedLoss(NamedTuple):
     config: ObjectiveConfig
 
 
+class Normalised:
+    """Whether a loss function has normalised a step's loss.
+
+    Apart from the window: what is hooked to a tensor must not hold the tensor, or both and the
+    graph behind them stay in memory for good.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def refuse_unless_done(self, gradient: torch.Tensor) -> None:
+        """Stop the first backward of a loss that nobody has normalised."""
+        if not self.done:
+            raise MileError(
+                "the objective is installed, but nobody normalised its loss: pass your "
+                "forward_step through megatron_mile.wrap_forward_step and call the loss function "
+                "that it returns, or start the script with `-m megatron_mile.launch`"
+            )
+
+
 class Window:
     """One forward step: what the hook has left for its loss function."""
 
@@ -49,7 +69,7 @@ class Window:
         self.calls = 0
         """Losses computed so far, those of multi-token-prediction heads included."""
         self.trained: TrainedLoss | None = None
-        self.taken = False
+        self.normalised = Normalised()
 
     def put(self, stats: TokenLoss, config: ObjectiveConfig) -> torch.Tensor:
         """Leave the statistics of this step's one main loss; returns the model's loss [b, s]."""
@@ -61,39 +81,32 @@ class Window:
         output = stats.nll + (stats.loss - stats.loss.detach())
         self.trained = TrainedLoss(output, stats, config)
         if output.requires_grad:
-            output.register_hook(self._refuse_unconsumed)
+            output.register_hook(self.normalised.refuse_unless_done)
         return output
 
     def take(self, model: Any, config: ObjectiveConfig, output: Any) -> TokenLoss:
         """Take them out, once, if they are of these settings and this output."""
-        if self.taken:
+        if self.normalised.done:
             raise MileError(
                 "the loss function of one forward step was called twice while training; call it "
                 "once, and keep what it returns"
             )
         if self.trained is None:
             raise MileError(_why_nothing_was_left(unwrap(model)))
-        self.taken, trained = True, self.trained
+        trained, self.trained = self.trained, None
+        self.normalised.done = True
         if trained.config != config:
             raise MileError(
                 f"install or attach was given {trained.config}, but wrap_forward_step {config}; "
                 "give both the same"
             )
-        if not _is_same(output, trained.output):
+        # Fresh when the hook left it, so any version but 0 is a change in place.
+        if not _is_same(output, trained.output) or trained.output._version:
             raise MileError(
                 "forward_step changed the losses per token that the model returned; return them "
                 "as they are, and do the rest in the loss function"
             )
         return trained.stats
-
-    def _refuse_unconsumed(self, gradient: torch.Tensor) -> None:
-        """Stop the first backward of a loss that nobody has normalised."""
-        if not self.taken:
-            raise MileError(
-                "the objective is installed, but nobody normalised its loss: pass your "
-                "forward_step through megatron_mile.wrap_forward_step and call the loss function "
-                "that it returns, or start the script with `-m megatron_mile.launch`"
-            )
 
 
 def _why_nothing_was_left(model: Any) -> str:
@@ -244,12 +257,15 @@ class _Reduction:
         group = _alpha_group(model, self.config.alpha_mode)
         alpha = normaliser(stats.weight, mask * stats.valid, self.config.alpha_mode, group)
         broken = ((share != 0) & (unowned | ~stats.valid)).any()
+        negative = (share < 0).any()
         if not self.checked:
-            _refuse_broken(broken)
+            _refuse_broken(broken, negative)
             self.checked = True
         objective = torch.where(share != 0, alpha * stats.loss.detach(), 0)
         total = _with_gradient(objective, share, alpha * output_tensor)
-        total = total * torch.where(broken, torch.nan, torch.ones_like(loss))
+        total = total * torch.where(broken | negative, torch.nan, torch.ones_like(loss))
+        if _has_other_leaves(loss, probe):
+            total = total + (loss - (share * probe.detach()).sum())
         return (total, *count, report_with_objective(report, stats, objective, mask, model))
 
 
@@ -305,8 +321,28 @@ def _share(loss: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
     return share
 
 
-def _refuse_broken(broken: torch.Tensor) -> None:
+def _has_other_leaves(loss: torch.Tensor, probe: torch.Tensor) -> bool:
+    """Whether the host's loss also trains what is not its losses per token, as a loss it adds."""
+    nodes: list[Any] = [loss.grad_fn]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", probe) is not probe:
+            return True
+        nodes += [following for following, _ in node.next_functions]
+    return False
+
+
+def _refuse_broken(broken: torch.Tensor, negative: torch.Tensor) -> None:
     """Say once, in the first step, what later ends in NaN, because a look waits for the device."""
+    if negative:
+        raise MileError(
+            "the loss function weights a token negatively (an advantage, a penalty), and alpha is "
+            "a mean over weights that are not; use weights >= 0, or --mile-objective none"
+        )
     if broken:
         raise MileError(
             "a token that the loss function counts has no target: its label is -100 or outside "

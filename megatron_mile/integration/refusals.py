@@ -10,6 +10,7 @@ from megatron_mile.config import ObjectiveConfig
 from megatron_mile.errors import MileError
 from megatron_mile.integration import versions
 from megatron_mile.integration.arguments import Namespace
+from megatron_mile.integration.checkpoint_folder import TRACKER
 from megatron_mile.integration.host import METHOD
 from megatron_mile.integration.models import installed_config, tp_group, unwrap
 
@@ -67,7 +68,7 @@ def refuse_unreadable_optimizer(args: Namespace) -> None:
     reads_optimizer = args.load and not (args.no_load_optim or args.finetune)
     if not (args.use_distributed_optimizer and reads_optimizer):
         return
-    found = os.path.isfile(os.path.join(args.load, "latest_checkpointed_iteration.txt"))
+    found = os.path.isfile(os.path.join(args.load, TRACKER))
     if found and not distrib_optimizer.HAVE_APEX_OR_TE:
         raise MileError(
             f"cannot resume from {args.load} with the distributed optimizer: megatron-core needs "

@@ -27,8 +27,9 @@ def report_with_objective(
 
     All are in the form in which the host reports, and which its training loop therefore reads:
     [sum, count] of this rank (from 0.13), the pair (sum, count) of all DP x CP ranks (0.12), or a
-    mean, then that of all DP x CP ranks. None of ours can be negative, because Megatron's log
-    leaves negative values out.
+    mean, then that of all DP x CP ranks; an empty report is one of means, because some ranks alone
+    may report those. None of ours can be negative, because Megatron's log leaves negative values
+    out.
 
     Args:
         report: What the host's loss function reported of plain cross-entropy.
@@ -53,7 +54,7 @@ def report_with_objective(
 
 
 def _is_sum_of_this_rank(host: Any) -> bool:
-    return host is None or (isinstance(host, torch.Tensor) and host.numel() == 2)
+    return isinstance(host, torch.Tensor) and host.numel() == 2
 
 
 def _in_form_of(host: Any, total: torch.Tensor, count: torch.Tensor) -> Any:
@@ -62,7 +63,7 @@ def _in_form_of(host: Any, total: torch.Tensor, count: torch.Tensor) -> Any:
     if isinstance(host, (tuple, list)):
         return total, count
     mean = total / torch.where(count == 0, 1, count)
-    return mean.view_as(host) if isinstance(host, torch.Tensor) else mean
+    return mean.view_as(host) if isinstance(host, torch.Tensor) and host.numel() == 1 else mean
 
 
 def describe(config: ObjectiveConfig) -> str:

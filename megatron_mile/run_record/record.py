@@ -172,8 +172,12 @@ def noted_commit() -> dict[str, Any] | None:
         return {"commit": file.read().strip(), "dirty": None}
 
 
-def git_state(file: str) -> dict[str, Any] | None:
-    """Commit of the checkout that holds a file, and whether any file of it was changed since.
+def git_state(file: str, *paths: str) -> dict[str, Any] | None:
+    """Commit of the checkout that holds a file, and whether it was changed since.
+
+    Args:
+        file: of the checkout.
+        paths: what counts as a change, as patterns from its top; all files if none are given.
 
     Returns:
         "commit" and "dirty"; None for a file that is not under version control (as what pip has
@@ -190,7 +194,9 @@ def git_state(file: str) -> dict[str, Any] | None:
         git("ls-files", "--error-unmatch", "--", f":(literal){name}")
         return {
             "commit": git("rev-parse", "HEAD").decode(),
-            "dirty": bool(git("status", "--porcelain", "-uno")),
+            "dirty": bool(
+                git("status", "--porcelain", "-uno", "--", *(f":(top){p}" for p in paths))
+            ),
         }
     except (OSError, subprocess.CalledProcessError):
         return None

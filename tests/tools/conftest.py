@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+from tool_forker import ToolForker
 
-TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
+from tools import preprocess_data, train_tokenizer
 
-import preprocess_data  # noqa: E402  (the tools' own modules need the path above)
-import train_tokenizer  # noqa: E402
-from tool_forker import ToolForker  # noqa: E402
+settings.register_profile("long", max_examples=1000)
 
 # Cut into about 1000 documents: more than the batches that two workers may have in flight.
 SOURCES = ("argparse.py", "ast.py", "difflib.py", "enum.py", "inspect.py", "pickle.py", "typing.py")
@@ -112,7 +110,7 @@ def failure(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         *usage, line = capsys.readouterr().err.splitlines()
         assert not usage or status == 2, usage
         start, _, message = line.partition(": error: ")
-        assert start == f"tools/{main.__module__}.py"
+        assert start == main.__module__.replace(".", "/") + ".py"
         return message
 
     return run

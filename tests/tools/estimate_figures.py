@@ -14,18 +14,23 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import estimate
 import numpy as np
 import torch
-from _footprint import cost_flops, memory, shard_parameters
-from _job import SIZES, _named_ranks, build_shard, count_parameters, parse, size_flags
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
 from megatron_mile import cpu_mode
+from tools import estimate
+from tools.estimation.footprint import cost_flops, memory, shard_parameters
+from tools.estimation.job import (
+    SIZES,
+    _named_ranks,
+    build_shard,
+    count_parameters,
+    parse,
+    size_flags,
+)
 
 EMO = ("--mile-objective", "emo")
 # More of the same flags, to see each branch of the memory estimate.

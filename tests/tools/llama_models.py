@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import convert_checkpoint
 import sentencepiece
 import torch
-from _checkpoint import checkpoint_folder
-from _torch_dist import COMMON, Checkpoint, write_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tools import convert_checkpoint
+from tools.checkpoint.megatron_model import checkpoint_folder
+from tools.checkpoint.torch_dist import COMMON, Checkpoint, write_checkpoint
 
 # How LLaMA's SentencePiece model was trained.
 SETTINGS = {

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 import zstandard
-from _llama import Form, weights
-from _llama_config import from_hugging_face
-from _torch_dist import COMMON, Checkpoint, write_checkpoint
 from safetensors.torch import save_file
 from tool_forker import ToolForker
+
+from tools.checkpoint.hf_config import from_hugging_face
+from tools.checkpoint.llama import Form, weights
+from tools.checkpoint.torch_dist import COMMON, Checkpoint, write_checkpoint
 
 VOCABULARY = 300
 LINES = 24
@@ -193,7 +194,7 @@ def _write_model(folder: Path) -> None:
     """Write an untrained LLaMA model, far from uniform, as a Hugging Face folder."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(MODEL_CONFIG))
-    model = from_hugging_face(MODEL_CONFIG)
+    model = from_hugging_face(MODEL_CONFIG).model
     torch.manual_seed(1)
     tensors = {
         name: torch.randn(size) / 3
@@ -237,14 +238,14 @@ def copy(sample: Path, folder: Path) -> Path:
 
 
 def state_of(folder: Path) -> dict[str, object]:
-    """What lies below the folder: contents of files, targets of links, None for folders."""
+    """What lies below the folder: contents of files, targets of links, None for others."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_symlink():
             found[name] = os.readlink(path)
         else:
-            found[name] = None if path.is_dir() else path.read_bytes()
+            found[name] = path.read_bytes() if path.is_file() else None
     return found
 
 
@@ -257,7 +258,7 @@ def bend(model: Path, changes: Mapping[str, Any], missing: str | None = None) ->
         missing: name of an argument, or so of another entry, to leave out.
     """
     source = Checkpoint(model)
-    (common,) = source._read(COMMON, None)
+    (common,) = source.reader.object(COMMON)
     for name, value in changes.items():
         holder = common if name.startswith("common.") else vars(common["args"])
         holder[name.removeprefix("common.")] = value
@@ -265,7 +266,7 @@ def bend(model: Path, changes: Mapping[str, Any], missing: str | None = None) ->
         holder = common if missing.startswith("common.") else vars(common["args"])
         del holder[missing.removeprefix("common.")]
     tensors = {key: source.tensor(key) for key in source.tensors}
-    objects = {**dict.fromkeys(source._objects), COMMON: common}
+    objects = {**dict.fromkeys(source.reader.objects), COMMON: common}
     shutil.rmtree(model)
     sizes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     write_checkpoint(model, sizes, torch.float32, tensors.__getitem__, objects)

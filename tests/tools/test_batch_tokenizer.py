@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from _batch_tokenizer import PieceCache, batch_tokenizer, fingerprint
-from _megatron import add_tokenizer_flags, build_tokenizer
 from llama_models import train_sentencepiece
+
+from tools.common.tokenizer import add_tokenizer_flags, build_tokenizer
+from tools.data.batch_tokenizer import PieceCache, batch_tokenizer, fingerprint
 
 # What the pattern, the cache or an added token could trip over, to be joined at random.
 PIECES = (
@@ -144,7 +145,7 @@ def test_piece_cache_cuts_only_where_the_library_does(
 def test_piece_cache_is_bounded(
     tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, odd_texts: list[str]
 ) -> None:
-    monkeypatch.setattr("_batch_tokenizer._MANY_PIECES", 100)
+    monkeypatch.setattr("tools.data.batch_tokenizer._MANY_PIECES", 100)
     tokenizer, _ = _build(
         "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_folder
     )

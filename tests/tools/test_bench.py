@@ -16,15 +16,12 @@ import pytest
 import torch
 from bench_tables import SMALL, assert_phases, read_rows
 
+from tools.bench import plot, run
+from tools.bench.case import Case
+from tools.bench.measure import PHASES
+from tools.bench.rows import rows_of_case
+
 BENCH = Path(__file__).parents[2] / "tools" / "bench"
-sys.path.insert(0, str(BENCH))
-
-import plot  # noqa: E402  (the tool's own modules need the path above)
-import run  # noqa: E402
-from _case import Case  # noqa: E402
-from _measure import PHASES  # noqa: E402
-from _rows import rows_of_case  # noqa: E402
-
 TIMED = ["ours-chunked", "ours-inplace", "megatron", "naive-mile"]
 
 

@@ -13,17 +13,13 @@ import torch
 import torch.distributed as dist
 from support.helpers import oracle
 
-BENCH = Path(__file__).parents[2] / "tools" / "bench"
-sys.path.insert(0, str(BENCH))
-
-from _case import Case, Inputs  # noqa: E402  (the tool's own modules need the path above)
-from _inputs import make_inputs  # noqa: E402
-from _measure import Call, extra_mib, make_buffers  # noqa: E402
-from _provider import Provider  # noqa: E402
-from _providers import providers  # noqa: E402
-from _rounds import _check  # noqa: E402
-
-from megatron_mile.config import ObjectiveConfig  # noqa: E402
+from megatron_mile.config import ObjectiveConfig
+from tools.bench.case import Case, Inputs
+from tools.bench.inputs import make_inputs
+from tools.bench.measure import Call, extra_mib, make_buffers
+from tools.bench.provider import Provider
+from tools.bench.providers import providers
+from tools.bench.rounds import _check
 
 CPU = torch.device("cpu")
 HIDDEN = 24

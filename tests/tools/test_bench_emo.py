@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from bench_tables import SMALL, assert_phases, read_rows
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))
-
-import plot
-import run
-from _case import Case
-from _emo_losses import EMO_LOSSES
-from _inputs import make_inputs
 from support.emo_oracle import emo_oracle
 from support.helpers import error
+
+from tools.bench import plot, run
+from tools.bench.case import Case
+from tools.bench.emo_losses import EMO_LOSSES
+from tools.bench.inputs import make_inputs
 
 
 @pytest.fixture(scope="module")

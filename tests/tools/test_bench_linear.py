@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from bench_tables import SMALL, assert_phases, read_rows
 
-BENCH = Path(__file__).parents[2] / "tools" / "bench"
-sys.path.insert(0, str(BENCH))
-
-import plot  # noqa: E402  (the tool's own modules need the path above)
-import run  # noqa: E402
+from tools.bench import plot, run
 
 TIMED = ["ours-linear", "ours-unfused", "megatron", "gemms"]
 LINEAR = [*SMALL, "--hidden", "24"]

@@ -11,21 +11,19 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import _hf_folder
-import _llama
-import _to_hf
-import _to_megatron
 import pytest
 import torch
-from _checkpoint import checkpoint_folder
-from _cli import ToolError
-from _hf_config import from_hugging_face
-from _llama_config import DTYPES, LARGEST, args_of, from_megatron
-from _torch_dist import COMMON, Checkpoint, write_checkpoint
 from llama_models import convert, with_args
 from safetensors.torch import load_file, save_file
 
-MODEL = _llama.Llama(2, 8, 12, heads=4, groups=2, head_dim=4, vocab=50, tied=False)
+from tools.checkpoint import hf_folder, llama, to_hf, to_megatron
+from tools.checkpoint.hf_config import from_hugging_face
+from tools.checkpoint.llama_config import DTYPES, LARGEST, args_of, from_megatron
+from tools.checkpoint.megatron_model import checkpoint_folder
+from tools.checkpoint.torch_dist import COMMON, Checkpoint, write_checkpoint
+from tools.common.cli import ToolError
+
+MODEL = llama.Llama(2, 8, 12, heads=4, groups=2, head_dim=4, vocab=50, tied=False)
 CONFIG = {
     "model_type": "llama",
     "num_hidden_layers": 2,
@@ -45,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "hf"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    sizes = {k: v for w in _llama.weights(MODEL, _llama.Form()) for k, v in w.parts().items()}
+    sizes = {k: v for w in llama.weights(MODEL, llama.Form()) for k, v in w.parts().items()}
     save_file(
         {name: torch.randn(size) for name, size in sizes.items()}, folder / "model.safetensors"
     )
@@ -62,7 +60,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
 
 
 def test_packing_deals_rows_as_megatron_does() -> None:
-    found = {weight.key: weight for weight in _llama.weights(MODEL, _llama.FORMS["hybrid"])}
+    found = {weight.key: weight for weight in llama.weights(MODEL, llama.FORMS["hybrid"])}
     qkv = found["decoder.layers.0.self_attention.linear_qkv.weight"]
     rows = {name: torch.randn(size) for name, size in qkv.parts().items()}
     q, k, v = (rows[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "qkv")
@@ -77,12 +75,12 @@ def test_packing_deals_rows_as_megatron_does() -> None:
     assert all(torch.equal(again[name], rows[name]) for name in rows)
 
 
-@pytest.mark.parametrize("model", sorted(_llama.FORMS))
+@pytest.mark.parametrize("model", sorted(llama.FORMS))
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_there_and_back_are_the_same_bits(
     folder: Path, tmp_path: Path, model: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_hf_folder, "SHARD_BYTES", 1500)
+    monkeypatch.setattr(hf_folder, "SHARD_BYTES", 1500)
     before = load_file(folder / "model.safetensors")
     before = {name: value.to(DTYPES[dtype]) for name, value in before.items()}
     there = convert("megatron", folder, tmp_path / "there", "--dtype", dtype, "--model", model)
@@ -97,12 +95,12 @@ def test_there_and_back_are_the_same_bits(
 
 
 def test_padding_comes_back_from_its_file(folder: Path, tmp_path: Path) -> None:
-    padding = {name: torch.randn(6, 8) for name in _llama.TABLES.values()}
+    padding = {name: torch.randn(6, 8) for name in llama.TABLES.values()}
     save_file(padding, folder / "megatron_padding.safetensors")
     tables = load_file(folder / "model.safetensors")
     there = convert("megatron", folder, tmp_path / "there")
     checkpoint = Checkpoint(checkpoint_folder(there))
-    for key, name in _llama.TABLES.items():
+    for key, name in llama.TABLES.items():
         assert torch.equal(checkpoint.tensor(key), torch.cat([tables[name], padding[name]]))
     back = convert("hf", there, tmp_path / "back", "--vocab-size", "50")
     kept = load_file(back / "megatron_padding.safetensors")
@@ -152,7 +150,7 @@ def test_unknown_missing_and_misshapen_tensors_are_named(
 def test_settings_that_hugging_faces_llama_lacks_are_refused(
     change: dict[str, Any], message: str
 ) -> None:
-    args = args_of(SETTINGS, _llama.Form(), 50, torch.float32)
+    args = args_of(SETTINGS, llama.Form(), 50, torch.float32)
     assert from_megatron(args) == SETTINGS
     vars(args).update(change)
     with pytest.raises(ToolError, match=message):
@@ -163,10 +161,11 @@ def test_layers_without_weights_are_no_reason_to_list_them(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = convert("megatron", folder, tmp_path / "there")
-    message = f"of {LARGEST} layers, at most 2 have weights"
     many = with_args(there, tmp_path / "many", num_layers=LARGEST)
+    message = f"stored num_layers is {LARGEST}; expected no more than the layers of its tensors, 2"
     assert message in refused(capsys, "hf", many, tmp_path / "out")
     (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": LARGEST}))
+    message = f"of {LARGEST} layers, at most 2 have weights"
     assert message in refused(capsys, "megatron", folder, tmp_path / "out")
 
 
@@ -216,8 +215,8 @@ def die(*args: object) -> None:
 
 def convert_and_die(to: str, load: Path, output: Path) -> None:
     """Die when all weights are written, in a process of its own."""
-    _to_hf.write_json = die
-    _to_megatron.TRACKER = type("Tracker", (), {"__rtruediv__": die})()
+    to_hf.write_json = die
+    to_megatron.TRACKER = type("Tracker", (), {"__rtruediv__": die})()
     convert(to, load, output)
 
 

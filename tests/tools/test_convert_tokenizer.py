@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import convert_checkpoint
 import pytest
 import sentencepiece
 from llama_models import convert, save_llama, train_sentencepiece, with_args
 from tokenizers.normalizers import Strip
 from transformers import AutoTokenizer, LlamaForCausalLM
+
+from tools import convert_checkpoint
 
 # What transformers' own LlamaTokenizer gives other ids for, and more.
 ODD = (

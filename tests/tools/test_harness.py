@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from evaluate import main
 from llama_models import convert
 from transformers import AutoTokenizer, LlamaForCausalLM
+
+from tools.evaluate import main
 
 ROOT = Path(__file__).parents[2]
 TASK = """

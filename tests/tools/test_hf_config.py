@@ -9,21 +9,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import convert_checkpoint
 import pytest
 import torch
-from _checkpoint import checkpoint_folder
-from _cli import ToolError
-from _hf_config import _KNOWN, HARMLESS, HONOURED, config_of, from_hugging_face
-from _hf_folder import read_config
-from _llama_config import Settings, args_of, from_megatron
-from _torch_dist import Checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_models import convert
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
+
+from tools import convert_checkpoint
+from tools.checkpoint.hf_config import _KNOWN, HARMLESS, HONOURED, config_of, from_hugging_face
+from tools.checkpoint.hf_folder import read_config
+from tools.checkpoint.llama_config import Settings, args_of, from_megatron
+from tools.checkpoint.megatron_model import checkpoint_folder
+from tools.checkpoint.torch_dist import Checkpoint
+from tools.common.cli import ToolError
 
 SIZES = {
     "hidden_size": 32,
@@ -313,7 +314,7 @@ def test_what_is_missing_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.json", "[" * 100_000, "not JSON (maximum recursion depth"),
+        ("config.json", "[" * 100_000, "not JSON (nested too deeply"),
         ("config.json", "[]", "expected an object"),
         ("config.json", '{"vocab_size": ' + "9" * 5000 + "}", "not JSON"),
         ("model.safetensors.index.json", '{"weight_map": ["a"]}', "expected weight_map"),

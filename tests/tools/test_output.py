@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import samples
-from _cli import ToolError
-from _output import keep_inputs, output_file, output_place
 from tool_forker import ToolForker
+
+from tools.common.cli import ToolError
+from tools.common.outputs import keep_inputs, output_file, output_place
 
 # Of each command, what it reads last: with that damaged, only an output that is looked at before
 # the work can be what the error is about.

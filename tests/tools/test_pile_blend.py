@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from _pair_reader import open_pair
 from megatron.core.datasets.utils import get_blend_from_list
-from pile_blend import WEIGHTS, main
-from preprocess_data import main as preprocess
+
+from tools.data.pair_reader import open_pair
+from tools.pile_blend import WEIGHTS, main
+from tools.preprocess_data import main as preprocess
 
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size"]
 # What the normalised weights are in percent, from the notes on the paper.

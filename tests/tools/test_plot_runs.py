@@ -8,12 +8,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import plot_runs
 import pytest
-from _runs import Run, find_runs, read_run
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_mile.objectives import OBJECTIVES
+from tools import plot_runs
+from tools.evaluation.runs import Run, find_runs, read_run
 
 Failure = Callable[..., str]
 CE = {"ppl": 100.0, "ppl_high": 50.0, "ppl_medium": 400.0, "ppl_low": 1000.0}

@@ -8,14 +8,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import _encode
 import numpy as np
 import pytest
 import sentencepiece
 import zstandard
-from _megatron import megatron_module
 from pair_files import files_below, pair_bytes
-from preprocess_data import main
+
+from tools.common.megatron import megatron_module
+from tools.data import encoder
+from tools.preprocess_data import main
 
 # The tool forks; so does Megatron's own. What pytest has loaded beside it starts threads.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -110,10 +111,10 @@ def test_main_workers_are_bounded_by_the_cores(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     started = []
-    pool = _encode.ProcessPoolExecutor
+    pool = encoder.ProcessPoolExecutor
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     monkeypatch.setattr(
-        "_encode.ProcessPoolExecutor",
+        "tools.data.encoder.ProcessPoolExecutor",
         lambda workers, *args, **more: started.append(workers) or pool(workers, *args, **more),
     )
     (tmp_path / "in.txt").write_text("1 2")

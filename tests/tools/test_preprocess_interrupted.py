@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from _cli import ToolError
-from _documents import Position, Record
-from _encode import encode_all
 from pair_files import files_below, pair_bytes
-from preprocess_data import main
+
+from tools.common.cli import ToolError
+from tools.data.documents import Position, Record
+from tools.data.encoder import encode_all
+from tools.preprocess_data import main
 
 # The tool forks; so does Megatron's own. What pytest has loaded beside it starts threads.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")

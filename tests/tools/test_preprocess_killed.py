@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from _pair_reader import open_pair
 from pair_files import files_below, pair_bytes
-from preprocess_data import main
+
+from tools.data.pair_reader import open_pair
+from tools.preprocess_data import main
 
 # The tool forks; so does Megatron's own. What pytest has loaded beside it starts threads.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -71,7 +72,7 @@ def _run_killed(flags: list[str], step: int) -> int:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a few documents make several shards."""
-    monkeypatch.setattr("_encode._BATCH_RECORDS", 4)
+    monkeypatch.setattr("tools.data.encoder._BATCH_RECORDS", 4)
 
 
 # With an earlier pair, which must stay whole until the new one takes its place, and without one.
@@ -123,14 +124,14 @@ def test_main_resume_encodes_nothing_twice(
     step = next(n for n in range(1000) if _run_killed(flags, n) and _finished(tmp_path) > 20)
     finished = _finished(tmp_path)
     encoded: list[str] = []
-    import _encode
+    from tools.data import encoder
 
-    class Counted(_encode.Encoder):
-        def __call__(self, records: list) -> _encode.Batch:
+    class Counted(encoder.Encoder):
+        def __call__(self, records: list) -> encoder.Batch:
             encoded.extend(record.origin for record in records)
             return super().__call__(records)
 
-    monkeypatch.setattr("preprocess_data.Encoder", Counted)
+    monkeypatch.setattr("tools.preprocess_data.Encoder", Counted)
     main(flags)
     assert finished == 24, step
     assert len(encoded) == DOCUMENTS - finished
@@ -233,7 +234,7 @@ def complete(
 
     flags = ["--input", numbers, "--output-prefix", tmp_path / "out" / "c", *NULL]
     with monkeypatch.context() as patch:
-        patch.setattr("_work_folder.publish", stop)
+        patch.setattr("tools.data.work_folder.publish", stop)
         assert failure(main, *flags) == "stopped"
     return flags
 

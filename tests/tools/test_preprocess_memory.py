@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from preprocess_data import main
+
+from tools.preprocess_data import main
 
 
 def _growth(given: Path, *flags: str) -> int:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import nltk
 import pytest
-from _megatron import megatron_module
 from nltk.tokenize.punkt import PunktParameters, save_punkt_params
 from pair_files import files_below
-from preprocess_data import main
+
+from tools.common.megatron import megatron_module
+from tools.preprocess_data import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 DOCUMENTS = [

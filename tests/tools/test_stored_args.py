@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import samples
 import torch
-from _cli import ToolError
-from _stored_args import OPTIONAL, REQUIRED, check_common
 from tool_forker import ToolForker
+
+from tools.checkpoint.stored_args import OPTIONAL, REQUIRED, check_common
+from tools.common.cli import ToolError
 
 WEIGHTS = {
     "embedding.word_embeddings.weight": (640, 32),
@@ -120,7 +121,7 @@ def test_check_common_refuses_what_holds_no_arguments(common: Any) -> None:
 
 def test_check_common_refuses_other_models() -> None:
     with pytest.raises(ToolError, match=r"holds no embedding\.word_embeddings"):
-        check({}, {"encoder.layers.weight": (2, 2)})
+        check({}, {"tools.data.encoder.layers.weight": (2, 2)})
 
 
 # The last: the model of these would leave a weight out, or cannot be built.

@@ -9,15 +9,16 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import preprocess_data
 import pytest
-import token_frequency
-from _cli import ToolError
-from _indexed_pair import INDEX_HEADER
-from _megatron import megatron_module
 from hypothesis import given
 from hypothesis import strategies as st
-from token_frequency import BUCKETS, assign_buckets, load_buckets, main, summarize
+
+from megatron_mile.run_record.data_files import INDEX_HEAD_BYTES
+from tools import preprocess_data, token_frequency
+from tools.common.cli import ToolError
+from tools.common.megatron import megatron_module
+from tools.data.frequency_buckets import BUCKETS, assign_buckets, load_buckets
+from tools.token_frequency import main, summarize
 
 
 def make_pair(prefix: Path, documents: list[list[int]], vocab_size: int) -> Path:
@@ -138,11 +139,11 @@ def _damage(pair: Path, kind: str) -> None:
     elif kind == "idx content":  # the last document ends behind the last sequence
         idx.write_bytes(idx.read_bytes()[:-8] + (99).to_bytes(8, "little"))
     elif kind == "idx sequence":  # the second sequence begins elsewhere
-        idx.write_bytes(_with(idx, INDEX_HEADER.size + 2 * 4 + 8, 2))
+        idx.write_bytes(_with(idx, INDEX_HEAD_BYTES + 2 * 4 + 8, 2))
     elif kind == "idx document":  # the second document begins before the first
         idx.write_bytes(_with(idx, idx.stat().st_size - 16, 0xF0, 8))
     elif kind.startswith("type"):
-        idx.write_bytes(_with(idx, INDEX_HEADER.size - 17, int(kind.split()[1])))
+        idx.write_bytes(_with(idx, INDEX_HEAD_BYTES - 17, int(kind.split()[1])))
     elif kind == "no tokens":
         module = megatron_module("megatron.core.datasets.indexed_dataset")
         writer = module.IndexedDatasetBuilder(str(bin_), np.uint16)

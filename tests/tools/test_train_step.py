@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-BENCH = Path(__file__).parents[2] / "tools" / "bench"
-sys.path.insert(0, str(BENCH))
-
-import train_step  # noqa: E402  (the tool's own modules need the path above)
-from _paired_steps import PairedSteps  # noqa: E402
-
-from megatron_mile import ObjectiveConfig, wrap_forward_step  # noqa: E402
+from megatron_mile import ObjectiveConfig, wrap_forward_step
+from tools.bench import train_step
+from tools.bench.paired_steps import PairedSteps
 
 MILE = {"mile loss", "mile entropy", "mile weight"}
 

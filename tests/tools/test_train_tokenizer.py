@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _megatron import megatron_module
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 from tool_forker import ToolForker
-from train_tokenizer import END_OF_TEXT, PADDING, main
 
-TOOL = Path(sys.modules["train_tokenizer"].__file__ or "")
+from tools.common.megatron import megatron_module
+from tools.train_tokenizer import END_OF_TEXT, PADDING, main
+
+TOOL = Path(sys.modules["tools.train_tokenizer"].__file__ or "")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -36,7 +36,11 @@ NAMES = (
 _LATER = (
     *("megatron.training.argument_utils", "megatron.training.global_vars"),
     *("megatron.training.models", "megatron.core.tokenizers.text", "megatron.core.models.gpt"),
-    *("megatron.core.tokenizers.utils.build_tokenizer", "_perplexity", "_comparison_picture"),
+    *(
+        "megatron.core.tokenizers.utils.build_tokenizer",
+        "tools.evaluation.perplexity",
+        "tools.evaluation.comparison_picture",
+    ),
     *("transformers", "tokenizers"),
 )
 TIMEOUT_S = 60
@@ -104,11 +108,11 @@ class ToolForker:
 
 def main() -> None:
     """Serve jobs until stdin ends; in a fork, run the tool and return."""
-    sys.path[:0] = [str(TOOLS), str(TOOLS.parent)]
-    from _checkpoint import choose_device
+    sys.path.insert(0, str(TOOLS.parent))
+    from tools.checkpoint.megatron_model import choose_device
 
     choose_device(cpu=True)
-    for name in (*_LATER, *NAMES):
+    for name in (*_LATER, *(f"tools.{name}" for name in NAMES)):
         importlib.import_module(name)
     for name in ("", "megatron"):  # set to INFO by the import of training
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -128,7 +132,7 @@ def _run(job: dict[str, Any]) -> NoReturn:
     try:
         _become(job)
         atexit._clear()
-        importlib.import_module(job["tool"]).main(job["flags"])
+        importlib.import_module(f"tools.{job['tool']}").main(job["flags"])
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)

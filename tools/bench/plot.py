@@ -21,14 +21,16 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
+if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import matplotlib.pyplot as plt  # noqa: E402
-from _cli import ToolError, new_parser, one_line_errors  # noqa: E402
-from _picture import picture_file, save  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
 
-from megatron_mile.objectives import OBJECTIVES  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from megatron_mile.objectives import OBJECTIVES
+from tools.common.cli import ToolError, new_parser, run_tool
+from tools.common.picture import picture_file, save
 
 PROG = "tools/bench/plot.py"
 HERE = Path(__file__).resolve().parent
@@ -207,26 +209,36 @@ def _colour(row: Row) -> str:
     return OTHER if objective and not objective.is_cross_entropy else CROSS_ENTROPY
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (default: that of the process)."""
+def command_line() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = new_parser(PROG, __doc__)
     add = parser.add_argument
     add("--input", default=str(HERE / "results.csv"), help="table (default: results.csv beside it)")
     add("--output", default=str(HERE / "figures"), help="folder (default: figures beside it)")
-    return parser.parse_args(argv)
+    return parser
+
+
+def plot(args: argparse.Namespace) -> None:
+    """Run the tool.
+
+    Args:
+        args: parsed flags.
+
+    Raises:
+        ToolError: the table cannot be drawn, or a picture not be written.
+    """
+    folder = Path(args.output)
+    times, memories = read(Path(args.input))
+    folder.mkdir(parents=True, exist_ok=True)
+    for pictures, draw in ((times, draw_times), (memories, draw_memories)):
+        for name, panels in pictures.items():
+            draw(panels, picture_file("--output", folder / name, [args.input]))
+            print(folder / name)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line (default: that of the process)."""
-    args = parse_args(argv)
-    with one_line_errors(PROG):
-        folder = Path(args.output)
-        times, memories = read(Path(args.input))
-        folder.mkdir(parents=True, exist_ok=True)
-        for pictures, draw in ((times, draw_times), (memories, draw_memories)):
-            for name, panels in pictures.items():
-                draw(panels, picture_file("--output", folder / name, [args.input]))
-                print(folder / name)
+    run_tool(command_line(), plot, argv)
 
 
 if __name__ == "__main__":

@@ -30,20 +30,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-# The package of this checkout, and the modules that the tools share.
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch  # noqa: E402
-from _case import DTYPES, Case  # noqa: E402
-from _cli import ToolError, new_parser, one_line_errors  # noqa: E402
-from _conditions import conditions  # noqa: E402
-from _output import output_file  # noqa: E402
-from _provider import BASELINE, FLOOR  # noqa: E402
-from _providers import providers  # noqa: E402
-from _rounds import run_case  # noqa: E402
-from _rows import COLUMNS, rows_of_case, show  # noqa: E402
-from _table import append, read_whole  # noqa: E402
+
+import torch
+
+from tools.bench.case import DTYPES, Case
+from tools.bench.conditions import conditions
+from tools.bench.provider import BASELINE, FLOOR
+from tools.bench.providers import providers
+from tools.bench.rounds import run_case
+from tools.bench.rows import COLUMNS, rows_of_case, show
+from tools.bench.table import append, read_whole
+from tools.common.cli import ToolError, new_parser, run_tool
+from tools.common.outputs import output_file
 
 PROG = "tools/bench/run.py"
 
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the tool.
 
     Args:
-        args: parsed flags of `parse_args`.
+        args: parsed flags.
 
     Raises:
         ToolError: the flags do not fit together or the machine, or the output is no table of ours.
@@ -110,8 +111,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise ToolError("megatron-core is not installed; install the extra: pip install .[train]")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (default: that of the process)."""
+def command_line() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     gpu = torch.cuda.is_available()
     dtypes = ["bf16"] if gpu else list(DTYPES)
     parser = new_parser(PROG, __doc__)
@@ -141,14 +142,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--providers", nargs="+", help=f"{help_} (default: all)")
     default = Path(__file__).with_name("results.csv")
     add("--output", default=str(default), help="CSV to append to (default: results.csv beside it)")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line (default: that of the process)."""
-    args = parse_args(argv)
-    with one_line_errors(PROG):
-        run(args)
+    run_tool(command_line(), run, argv)
 
 
 if __name__ == "__main__":

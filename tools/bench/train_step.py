@@ -33,27 +33,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-# The package of this checkout, the modules that the tools share, and the quickstart's model.
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "examples")]
+if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import numpy as np  # noqa: E402
-from _cli import ToolError, new_parser, one_line_errors  # noqa: E402
-from _conditions import conditions  # noqa: E402
-from _output import output_file  # noqa: E402
-from _steps import StepError, torchrun  # noqa: E402
-from _steps import run as run_child  # noqa: E402
-from _table import append, read_whole  # noqa: E402
-from _toy import INITIAL, MODEL, SCHEDULE, VOCABULARY, Layout  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
-from megatron_mile.objectives import OBJECTIVES  # noqa: E402
+import numpy as np
+from tqdm import tqdm
+
+from megatron_mile.objectives import OBJECTIVES
+from tools.bench.conditions import conditions
+from tools.bench.table import append, read_whole
+from tools.bench.training import MODEL, SCHEDULE, VOCABULARY, layout_flags, run_training, torchrun
+from tools.common.cli import ToolError, new_parser, run_tool
+from tools.common.outputs import output_file
 
 PROG = "tools/bench/train_step.py"
 WARM_UP_PAIRS = 4
 RESAMPLES = 10_000
-# A step takes seconds and ends with a line of Megatron's; so does each part of the start.
-SILENCE_S = 300.0
 PRECISIONS = {"fp32": [], "bf16": ["--bf16"]}
 FIGURES = ("host_ms", "hook_ms", "ratio_mean", "ratio_bound", "ratio_p20", "ratio_p50", "ratio_p80")
 COLUMNS = (
@@ -76,17 +72,16 @@ def train(order: Sequence[str], precision: str, objective: str) -> dict[str, Any
     """Train with the steps in this order, all of them timed.
 
     Returns:
-        What _paired_steps.py says of its result.
+        What paired_steps.py says of its result.
 
     Raises:
         ToolError: the training failed or hung; the message names its log.
     """
-    layout = Layout(None)
     folder = Path(tempfile.mkdtemp(prefix="train_step_"))
     log, result = folder / "training.log", folder / "result.json"
-    command = [*torchrun(layout.tp), str(Path(__file__).with_name("_paired_steps.py"))]
-    command += [str(result), ",".join(order), "--mile-objective", objective, *layout.flags()]
-    command += [*MODEL, *INITIAL, *SCHEDULE, *PRECISIONS[precision], "--mock-data"]
+    command = [*torchrun(), str(Path(__file__).with_name("paired_steps.py"))]
+    command += [str(result), ",".join(order), "--mile-objective", objective, *layout_flags()]
+    command += [*MODEL, *SCHEDULE, *PRECISIONS[precision], "--mock-data"]
     command += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCABULARY)]
     command += ["--train-iters", str(len(order))]
     with tqdm(total=len(order), desc=precision, unit="step", leave=False, disable=None) as bar:
@@ -95,10 +90,7 @@ def train(order: Sequence[str], precision: str, objective: str) -> dict[str, Any
             if match := re.search(r" iteration +(\d+)/", line):
                 bar.update(int(match[1]) - bar.n)
 
-        try:
-            run_child(command, log, layout.env(layout.tp), follow, SILENCE_S)
-        except StepError as error:
-            raise ToolError(f"{str(error).partition(';')[0]}; its output is in {log}") from error
+        run_training(command, log, follow)
     content: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     shutil.rmtree(folder)
     return content
@@ -134,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the tool.
 
     Args:
-        args: parsed flags of `parse_args`.
+        args: parsed flags.
 
     Raises:
         ToolError: a flag cannot be used, the training failed, or the output is no table of ours.
@@ -154,8 +146,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{output}: figures appended")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (default: that of the process)."""
+def command_line() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = new_parser(PROG, __doc__)
     add = parser.add_argument
     add("--pairs", type=int, default=100, help="pairs that count (default: %(default)s)")
@@ -167,17 +159,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=str(default),
         help=f"CSV to append to (default: {default.name} beside it)",
     )
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line (default: that of the process)."""
-    args = parse_args(argv)
     # As Ctrl-C does, so that the ranks end with this process.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    with one_line_errors(PROG):
-        run(args)
+    run_tool(command_line(), run, argv)
 
 
 if __name__ == "__main__":

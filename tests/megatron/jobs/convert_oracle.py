@@ -18,11 +18,12 @@ LENGTH, ROWS = 64, 8
 
 def main() -> None:
     """Compare the two models."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+    sys.path.insert(0, str(ROOT))
     import numpy as np
     import torch
-    from _checkpoint import checkpoint_folder, choose_device, load_model
     from transformers import AutoModelForCausalLM
+
+    from tools.checkpoint.megatron_model import checkpoint_folder, choose_device, load_model
 
     megatron = load_model(checkpoint_folder(sys.argv[1]), choose_device(cpu=True)).model.float()
     huggingface = AutoModelForCausalLM.from_pretrained(sys.argv[2]).eval().float()

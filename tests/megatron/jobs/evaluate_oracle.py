@@ -14,10 +14,11 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def main() -> None:
     """Read the model as evaluate.py does, but take the logits and do the rest by hand."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+    sys.path.insert(0, str(ROOT))
     import numpy as np
     import torch
-    from _checkpoint import checkpoint_folder, choose_device, load_model
+
+    from tools.checkpoint.megatron_model import checkpoint_folder, choose_device, load_model
 
     checkpoint, prefix, frequencies, length = *sys.argv[1:4], int(sys.argv[4])
     tokens = np.fromfile(prefix + ".bin", dtype=np.int32).tolist()

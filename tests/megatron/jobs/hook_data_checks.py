@@ -106,6 +106,25 @@ def check_report_has_the_hosts_form() -> None:
         assert helpers.error(means[name], mean) < SAME, name
 
 
+def check_one_rank_alone_may_report() -> None:
+    """Ranks must still enter the same collectives: a second step's alpha is the first's."""
+
+    def reports_on_rank_0(mask: torch.Tensor, output: torch.Tensor) -> tuple[Any, ...]:
+        mean, report = mean_loss(mask, output)
+        return mean, report if torch.distributed.get_rank() == 0 else {}
+
+    model = build_model()
+    install(MILE)
+    step = wrap_forward_step(step_with(reports_on_rank_0), MILE)
+    losses = []
+    for _ in range(2):
+        output, loss_func = step(None, model)
+        loss, report = loss_func(output)
+        assert report["mile loss"].shape == ()
+        losses.append(loss.detach())
+    assert torch.equal(*losses)
+
+
 def check_schedule_takes_every_form() -> None:
     """With ce, the schedule's gradients and reports are the host's, however it divides."""
     model = build_model()

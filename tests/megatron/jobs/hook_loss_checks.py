@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -188,6 +190,23 @@ def check_backward_refuses_a_loss_that_nobody_normalised() -> None:
         output, _ = step(None, model)
         raises(MileError, "nobody normalised its loss", output.sum().backward)
         assert all(weight.grad is None for weight in model.parameters())
+
+
+def check_nothing_of_a_step_stays_in_memory() -> None:
+    """Neither window nor loss per token, whose graph holds the activations, and without gc."""
+    model = build_model()
+    install(MILE)
+    gc.disable()
+    for until in ("output", "loss", "backward"):
+        output, loss_func = wrap_forward_step(forward_step, MILE)(None, model)
+        left = [weakref.ref(loss_func.args[1]), weakref.ref(output), weakref.ref(loss_func.args[2])]
+        if until != "output":
+            total = loss_func(output)[0]
+        if until == "backward":
+            total.backward()
+        total = output = loss_func = None
+        assert [what() is not None for what in left] == [False, False, True], until
+    gc.enable()
 
 
 def check_step_refuses_two_main_losses() -> None:

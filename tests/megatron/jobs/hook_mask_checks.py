@@ -167,6 +167,7 @@ def check_a_loss_that_is_not_linear_is_refused() -> None:
     refused = {
         "not linear": lambda output: report((output**2).mean()),
         "without a gradient": lambda output: report(output.detach().mean()),
+        "weights a token negatively": lambda output: report(output[0].sum() - output[1].sum()),
         "not made of the losses": lambda output: report(torch.ones((), requires_grad=True) * 2),
         "loss of shape (3, 8)": report,
         "returned (Tensor); expected (loss, num_tokens, report)": torch.mean,
@@ -177,6 +178,30 @@ def check_a_loss_that_is_not_linear_is_refused() -> None:
     for text, loss in refused.items():
         output, loss_func = wrap_forward_step(step_with(loss), MILE)(None, build_model())
         raises(MileError, text, loss_func, output)
+
+
+def check_a_loss_that_the_host_adds_is_trained() -> None:
+    """With its value and its gradient, beside the objective; a report may hold any shape."""
+    model, extra, found = build_model(), torch.tensor(3.0, requires_grad=True), []
+
+    def step_with(added: torch.Tensor) -> Callable[[Any, Any], Step]:
+        def loss_func(output: torch.Tensor) -> Any:
+            return (output * MASK).sum() / 15 + added, {"each": output.detach().mean(1)}
+
+        return lambda iterator, model: (forward(model, batch()[1]), loss_func)
+
+    install(MILE)
+    for added in (torch.tensor(0.0), extra**2 / 2):
+        model.zero_grad()
+        output, loss_func = wrap_forward_step(step_with(added), MILE)(None, model)
+        total, report = loss_func(output)
+        total.backward()
+        assert report["each"].shape == (B,)
+        assert report["mile loss"].shape == ()
+        found.append((total.detach(), model.output_layer.weight.grad.clone()))
+    assert torch.equal(found[0][1], found[1][1])
+    assert helpers.error(found[1][0] - found[0][0], torch.tensor(4.5)) < SAME
+    assert extra.grad == 3
 
 
 def check_a_token_that_counts_has_a_target() -> None:
@@ -212,6 +237,10 @@ def check_each_mistake_has_a_remedy_of_its_own() -> None:
         output, loss_func = forward_step(iterator, model)
         return output * MASK, loss_func
 
+    def overwriting_step(iterator: Any, model: Any) -> Step:
+        output, loss_func = forward_step(iterator, model)
+        return output.mul_(MASK), loss_func
+
     model = build_model()
     output, loss_func = wrap_forward_step(forward_step, MILE)(None, model)
     raises(MileError, "no objective is installed on GPTModel", loss_func, output)
@@ -219,8 +248,9 @@ def check_each_mistake_has_a_remedy_of_its_own() -> None:
     output, loss_func = wrap_forward_step(forward_step, MILE)(None, model)
     loss_func(output)
     raises(MileError, "was called twice", loss_func, output)
-    output, loss_func = wrap_forward_step(changed_step, MILE)(None, model)
-    raises(MileError, "forward_step changed the losses", loss_func, output)
+    for step in (changed_step, overwriting_step):
+        output, loss_func = wrap_forward_step(step, MILE)(None, model)
+        raises(MileError, "forward_step changed the losses", loss_func, output)
 
 
 def check_a_wrapped_step_inside_another_works() -> None:

@@ -1,0 +1,136 @@
+"""A fuzz of the data tools: damaged inputs, odd numbers, odd outputs.
+
+Whatever is wrong, a tool ends in time with one line and a non-zero status, and leaves every file as
+it was; or it succeeds, and then its result is the one that the undamaged input gives. Some damage
+cannot be told from other content: a digit in a text, a token, a weight. `_ALIKE` names it.
+
+`make test` runs some 80 cases; `pytest tests/tools/test_fuzz.py --hypothesis-profile long` 1000.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import damages
+import numpy as np
+import pytest
+import samples
+from damages import Case
+from hypothesis import HealthCheck, given, settings
+from samples import COMMANDS, Command
+from tool_forker import Finished, ToolForker
+
+CASES = max(1, settings.default.max_examples * 8 // 100)
+_SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+# Damage after which the content is one that could have been meant, by the file that it is in.
+_ALIKE = re.compile(
+    r"in\.jsonl|.*\.txt|.*\.zst|tok/.*|.*\.distcp|.*partial/.*\.bin|.*document\.bin"
+    r"|runs/.*|.*\.partial/lock"
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each case has a folder for itself."""
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture(scope="module")
+def expected(sample: Path, place: Path, forker: ToolForker) -> dict[str, dict[str, object]]:
+    """What each command writes when nothing is wrong."""
+    found = {}
+    for name, command in COMMANDS.items():
+        folder = samples.copy(sample, place / "undamaged")
+        before = samples.state_of(folder)
+        done = samples.run(forker, command, folder)
+        assert (done.code, "Traceback" in done.err) == (0, False), done.err
+        _assert_inputs_stay(before, folder, name)
+        found[name] = _written(command, folder)
+        shutil.rmtree(folder)
+    return found
+
+
+def _written(command: Command, folder: Path) -> dict[str, object]:
+    """What a command wrote, by the name's end."""
+    return {end: _content(folder / (command.output[1] + end)) for end in command.suffixes}
+
+
+def _content(path: Path) -> object:
+    """What a file says, without what differs between two runs."""
+    if path.suffix == ".svg":
+        return path.read_text().startswith("<?xml")
+    if path.suffix not in (".json", ".info"):
+        return path.read_bytes()
+    content = json.loads(path.read_text())
+    for name in ("seconds", "source", "data", "checkpoint"):
+        content.pop(name, None)
+    return content
+
+
+def _assert_inputs_stay(before: dict[str, object], folder: Path, name: str) -> None:
+    """Every file is as it was, but for the work folder of a run that went on."""
+    after = samples.state_of(folder)
+    for path, content in before.items():
+        if not (name == "resume" and path.startswith("c.partial")):
+            assert after.get(path, "lost") == content, f"{path} was changed or removed"
+
+
+def _assert_failed(done: Finished, command: Command) -> None:
+    """A failure is one line, after the usage where a flag is wrong."""
+    assert done.code in (1, 2), done
+    (line,) = [line for line in done.err.splitlines() if ": error: " in line][-1:] or [""]
+    assert line.startswith(f"tools/{command.tool}.py: error: "), done.err
+    assert done.err.endswith(line + "\n"), done.err
+    assert len(line) < 2000, line
+
+
+def _assert_nothing_is_left(before: dict[str, object], folder: Path, name: str) -> None:
+    """What is there and was not is a folder that the same command goes on from."""
+    for path in samples.state_of(folder).keys() - before.keys():
+        work = Path(*Path(path).parts[:1])
+        assert work.suffix == ".partial", f"{path} was left"
+        assert (folder / work / "progress").exists(), f"{path} was left"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_nothing_wrong_is_silent_lost_or_a_traceback(
+    name: str,
+    sample: Path,
+    place: Path,
+    forker: ToolForker,
+    expected: dict[str, dict[str, object]],
+) -> None:
+    command = COMMANDS[name]
+
+    @settings(max_examples=CASES, deadline=None, suppress_health_check=_SLOW, print_blob=True)
+    @given(case=damages.cases(command))
+    def run(case: Case) -> None:
+        with tempfile.TemporaryDirectory(dir=place) as own:
+            folder = samples.copy(sample, Path(own) / "folder")
+            flags = damages.apply(case, command, folder)
+            before = samples.state_of(folder)
+            done = forker.run(command.tool, flags, folder)
+            for text in ("Traceback", "Exception ignored", "panicked"):
+                assert text not in done.err, done.err
+            _assert_inputs_stay(before, folder, name)
+            if done.code:
+                _assert_failed(done, command)
+                _assert_nothing_is_left(before, folder, name)
+            elif case.kind not in ("number", "output"):
+                _assert_right(case, command, folder, expected[name])
+
+    run()
+
+
+def _assert_right(case: Case, command: Command, folder: Path, expected: dict[str, object]) -> None:
+    """The result is that of the undamaged input, unless nobody can tell it is damaged."""
+    if not _ALIKE.fullmatch(case.target):
+        assert _written(command, folder) == expected, f"silent: {case}"
+    elif case.target.endswith(".bin") and command.tool == "token_frequency":
+        ids = np.fromfile(folder / case.target, np.uint16)
+        counts = np.bincount(ids, minlength=samples.VOCABULARY).tolist()
+        assert json.loads((folder / command.output[1]).read_text())["counts"] == counts

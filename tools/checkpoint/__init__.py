@@ -1,0 +1,1 @@
+"""Checkpoints of Megatron and models of Hugging Face, read, written and converted."""

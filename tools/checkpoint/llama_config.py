@@ -1,0 +1,230 @@
+"""A LLaMA model's settings, and how Megatron's arguments say them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import reprlib
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+
+from tools.checkpoint.llama import Form, Llama
+from tools.common.cli import ToolError
+from tools.common.megatron import megatron_module
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of sizes: of a tensor's, and of what is made from them.
+LARGEST = 2**31 - 1
+# Of other numbers: what models have, and what Megatron and transformers compute with.
+ROPE_BASES, EPSILONS, DROPOUTS = (1.0, 1e18), (1e-30, 0.1), (0.0, 0.99)
+# What Hugging Face's LLaMA computes, in Megatron's arguments; one that is absent is like this.
+_MEGATRON = {
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "layernorm_zero_centered_gamma": False,
+    "apply_layernorm_1p": False,
+    "apply_residual_connection_post_layernorm": False,
+    "qk_layernorm": False,
+    "qk_l2_norm": False,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "use_rope_scaling": False,
+    "no_rope_freq": None,
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "attention_output_gate": False,
+    "multi_latent_attention": False,
+    "experimental_attention_variant": None,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "num_experts": None,
+    "mtp_num_layers": None,
+    "use_mup": False,
+    "heterogeneous_layers_config_encoded_json": None,
+}
+
+
+class Settings(NamedTuple):
+    """All that a conversion keeps of a model beside its weights."""
+
+    model: Llama
+    """With the vocabulary without padding, where that is known."""
+    length: int
+    """Most positions of a sequence."""
+    rope_base: float
+    epsilon: float
+    """Of the norms."""
+    attention_dropout: float
+
+
+def whole(name: str, value: object) -> int:
+    """Check a size that was read from a file.
+
+    Raises:
+        ToolError: it is no whole number from 1 to `LARGEST`.
+    """
+    if type(value) is int and 1 <= value <= LARGEST:
+        return value
+    raise ToolError(f"{name} is {shown(value)}; expected a whole number from 1 to {LARGEST}")
+
+
+def number(name: str, value: object, least: float, most: float) -> float:
+    """Check a number that was read from a file.
+
+    Raises:
+        ToolError: it is no number from `least` to `most`.
+    """
+    if type(value) in (int, float) and least <= value <= most:  # type: ignore[operator]
+        return float(value)  # type: ignore[arg-type]
+    raise ToolError(f"{name} is {shown(value)}; expected a number from {least:g} to {most:g}")
+
+
+def shown(value: object) -> str:
+    """Write a value in a line, however long it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
+
+
+def checked(settings: Settings) -> Settings:
+    """Check that sizes fit each other as both sides need it.
+
+    Raises:
+        ToolError: they do not.
+    """
+    model = settings.model
+    if model.heads % model.groups:
+        reason = f"{model.heads} attention heads are no multiple of {model.groups} key-value heads"
+    elif model.hidden % model.heads:  # transformers 5 loads no such model
+        reason = f"a hidden size of {model.hidden} is no multiple of {model.heads} attention heads"
+    elif model.head_dim % 2:
+        reason = f"heads of {model.head_dim} are odd; RoPE turns pairs"
+    else:
+        return settings
+    raise ToolError(f"the model's sizes do not fit: {reason}")
+
+
+def choose_dtype(asked: str | None, found: Collection[object]) -> torch.dtype:
+    """Choose the dtype to write: what --dtype asks for, or else that of the tensors.
+
+    Raises:
+        ToolError: without --dtype, they have several, or another than it offers.
+    """
+    if asked:
+        return DTYPES[asked]
+    dtype = next(iter(found))
+    if len(found) > 1 or not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
+        raise ToolError(f"the weights are {', '.join(sorted(map(str, found)))}; give --dtype")
+    return dtype
+
+
+def from_megatron(args: argparse.Namespace) -> Settings:
+    """Read the settings of a model that Megatron trained; nothing else reads them from `args`.
+
+    Args:
+        args: of the training run, from its checkpoint.
+
+    Returns:
+        The settings; the vocabulary with its padding.
+
+    Raises:
+        ToolError: Hugging Face's LLaMA computes something else, or an argument is no number that
+            it can be; the argument is named.
+    """
+    for name, needed in _MEGATRON.items():
+        if (value := getattr(args, name, needed)) != needed:
+            raise ToolError(
+                f"the model is not LLaMA's: {name} is {shown(value)}; expected {needed!r}"
+            )
+
+    def size(name: str) -> int:
+        return whole(f"in the training arguments, {name}", getattr(args, name, None))
+
+    grouped = getattr(args, "group_query_attention", False)
+    model = Llama(
+        layers=_pairs(args.hybrid_layer_pattern) if is_hybrid(args) else size("num_layers"),
+        hidden=size("hidden_size"),
+        ffn=size("ffn_hidden_size"),
+        heads=size("num_attention_heads"),
+        groups=size("num_query_groups" if grouped else "num_attention_heads"),
+        head_dim=size("kv_channels"),
+        vocab=size("padded_vocab_size"),
+        tied=not getattr(args, "untie_embeddings_and_output_weights", False),
+    )
+    return checked(Settings(model, size("max_position_embeddings"), *_numbers(args)))
+
+
+def _numbers(args: argparse.Namespace) -> tuple[float, float, float]:
+    """Read what is no size: RoPE's base, the norms' epsilon, the attention's dropout."""
+    # Older Megatron says norm_epsilon.
+    epsilon = "layernorm_epsilon" if hasattr(args, "layernorm_epsilon") else "norm_epsilon"
+    ranges = {"rotary_base": ROPE_BASES, epsilon: EPSILONS, "attention_dropout": DROPOUTS}
+    base, epsilon_, dropout = (
+        number(f"in the training arguments, {name}", getattr(args, name, None), *range_)
+        for name, range_ in ranges.items()
+    )
+    return base, epsilon_, dropout
+
+
+def is_hybrid(args: argparse.Namespace) -> bool:
+    """Whether a run trained HybridModel."""
+    return bool(getattr(args, "hybrid_layer_pattern", None))
+
+
+def _pairs(pattern: str) -> int:
+    """Count the LLaMA layers of a hybrid pattern; "|" stands between pipeline stages."""
+    if not re.fullmatch(r"(\*-)+", layers := str(pattern).replace("|", "")):
+        raise ToolError(
+            f'the model is not LLaMA\'s: its layers are {shown(pattern)}; expected "*-*-..."'
+        )
+    return len(layers) // 2
+
+
+def args_of(settings: Settings, form: Form, rows: int, dtype: torch.dtype) -> argparse.Namespace:
+    """Make the arguments that a Megatron checkpoint holds, for `--use-checkpoint-args` and others.
+
+    Args:
+        settings: of the model.
+        form: of the weights.
+        rows: of the vocabulary, padding included.
+        dtype: of the weights.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    megatron_module("megatron.training.arguments").add_megatron_arguments(parser)
+    args = parser.parse_args([])
+    model, base = settings.model, settings.rope_base
+    vars(args).update(
+        {name: needed for name, needed in _MEGATRON.items() if hasattr(args, name)},
+        num_layers=2 * model.layers if form.hybrid else model.layers,
+        hybrid_layer_pattern="*-" * model.layers if form.hybrid else None,
+        hidden_size=model.hidden,
+        ffn_hidden_size=model.ffn,
+        num_attention_heads=model.heads,
+        group_query_attention=model.groups != model.heads,
+        num_query_groups=model.groups,
+        kv_channels=model.head_dim,
+        padded_vocab_size=rows,
+        vocab_size=model.vocab,
+        untie_embeddings_and_output_weights=not model.tied,
+        max_position_embeddings=settings.length,
+        seq_length=settings.length,
+        rotary_base=int(base) if base == int(base) else base,  # an integer in Megatron's parser
+        layernorm_epsilon=settings.epsilon,
+        attention_dropout=settings.attention_dropout,
+        hidden_dropout=0.0,
+        add_position_embedding=True,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        ckpt_format="torch_dist",
+        iteration=0,
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+    )
+    return args

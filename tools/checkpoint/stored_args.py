@@ -1,0 +1,141 @@
+"""What the tools may rely on in the training arguments that a Megatron checkpoint holds.
+
+`FIELDS` says of each argument that the tools read, or that Megatron builds the model from, what
+kind of value it has. An argument that other versions of Megatron lack need not be there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import reprlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tools.common.cli import ToolError
+
+LARGEST = 2**31 - 1
+_EMBEDDING = "embedding.word_embeddings.weight"
+_LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?")
+
+
+class Kind(NamedTuple):
+    """The values that an argument may have."""
+
+    text: str
+    """For the message: what is expected."""
+    fits: Callable[[Any], bool]
+
+
+def _whole(low: int, high: int = LARGEST) -> Kind:
+    return Kind(
+        f"a whole number from {low} to {high}", lambda v: type(v) is int and low <= v <= high
+    )
+
+
+def _number(low: float, high: float) -> Kind:
+    return Kind(
+        f"a number above {low:g} and up to {high:g}",
+        lambda v: type(v) in (int, float) and low < v <= high,
+    )
+
+
+def _or_none(kind: Kind) -> Kind:
+    return Kind(f"{kind.text}, or None", lambda v: v is None or kind.fits(v))
+
+
+_SIZE, _SWITCH = _whole(1), Kind("True or False", lambda v: type(v) is bool)
+_NAME = Kind("a text", lambda v: type(v) is str)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+REQUIRED = {
+    **dict.fromkeys(("num_layers", "hidden_size", "ffn_hidden_size"), _SIZE),
+    **dict.fromkeys(("num_attention_heads", "kv_channels", "padded_vocab_size"), _SIZE),
+    **dict.fromkeys(("seq_length", "max_position_embeddings"), _SIZE),
+    **dict.fromkeys(("untie_embeddings_and_output_weights", "swiglu"), _SWITCH),
+    **dict.fromkeys(("add_bias_linear", "group_query_attention"), _SWITCH),
+    **dict.fromkeys(("normalization", "position_embedding_type"), _NAME),
+    "params_dtype": Kind(f"one of {', '.join(map(str, _DTYPES))}", lambda v: v in _DTYPES),
+    "seed": _whole(1, 2**32 - 1),
+}
+OPTIONAL = {
+    **dict.fromkeys(("vocab_size", "num_query_groups", "num_experts"), _or_none(_SIZE)),
+    "mtp_num_layers": _or_none(_whole(0, 1000)),
+    **dict.fromkeys(("hybrid_layer_pattern", "tokenizer_type"), _or_none(_NAME)),
+    "tokenizer_model": _or_none(_NAME),
+    **dict.fromkeys(("layernorm_epsilon", "norm_epsilon"), _number(0, 1)),
+    "rotary_base": _number(0, 1e18),
+    "rotary_percent": _number(0, 1),
+    **dict.fromkeys(("qk_layernorm", "add_qkv_bias", "rotary_interleaved"), _SWITCH),
+}
+
+
+def check_common(
+    folder: Path, common: Any, weights: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """Check what Megatron stores beside the tensors.
+
+    Args:
+        folder: of the iteration, for messages.
+        common: "args" and "iteration", and what the tools do not read.
+        weights: sizes of the model's tensors by key.
+
+    Returns:
+        `common`.
+
+    Raises:
+        ToolError: something is missing, of another kind, out of range, or contradicts the tensors.
+    """
+    if not isinstance(common, dict) or not isinstance(common.get("args"), argparse.Namespace):
+        raise ToolError(f"{folder}: holds no training arguments; expected a megatron.training run")
+    args = vars(common["args"])
+    for name in REQUIRED:
+        if name not in args:
+            raise _refusal(folder, f"its stored arguments lack {name}", REQUIRED[name].text)
+    values = {**args, "iteration": common.get("iteration")}
+    for name, kind in {**REQUIRED, **OPTIONAL, "iteration": _whole(0)}.items():
+        if name in values and not kind.fits(values[name]):
+            raise _refusal(folder, f"stored {name} is {reprlib.repr(values[name])}", kind.text)
+    _check_sizes(folder, args, weights)
+    return common
+
+
+def _check_sizes(
+    folder: Path, args: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compare sizes with each other and with the tensors, before memory is taken for them."""
+    if _EMBEDDING not in weights:
+        raise ToolError(f"{folder}: holds no {_EMBEDDING}; expected a GPT or hybrid model")
+    for name, size in zip(("padded_vocab_size", "hidden_size"), weights[_EMBEDDING], strict=False):
+        if args[name] != size:
+            raise _refusal(folder, f"stored {name} is {args[name]}", f"{size} as in {_EMBEDDING}")
+    elements = max(map(math.prod, weights.values())), "the elements of its largest tensor"
+    limits = {
+        "seq_length": (args["max_position_embeddings"], "max_position_embeddings"),
+        "vocab_size": (args["padded_vocab_size"], "padded_vocab_size"),
+        "num_layers": (_layers(weights), "the layers of its tensors"),
+        "num_experts": (max(map(max, weights.values())), "the largest side of its tensors"),
+        **dict.fromkeys(("ffn_hidden_size", "kv_channels", "num_attention_heads"), elements),
+        "num_query_groups": elements,
+    }
+    for name, (limit, text) in limits.items():
+        if (args.get(name) or 0) > limit:
+            message = f"stored {name} is {args[name]}"
+            raise _refusal(folder, message, f"no more than {text}, {limit}")
+
+
+def _layers(weights: Mapping[str, tuple[int, ...]]) -> int:
+    """Count the layers of the tensors, which are numbered, or stacked in one tensor."""
+    found = [0]
+    for key, size in weights.items():
+        if match := _LAYER.match(key):
+            found.append(int(match[1]) + 1 if match[1] else size[0])
+    return max(found)
+
+
+def _refusal(folder: Path, found: str, expected: str) -> ToolError:
+    return ToolError(f"{folder}: {found}; expected {expected}; take another checkpoint")

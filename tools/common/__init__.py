@@ -1,0 +1,1 @@
+"""What every tool needs: command line, output, pictures, Megatron."""

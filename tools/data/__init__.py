@@ -1,0 +1,1 @@
+"""Text, tokens, and the .bin/.idx pairs of Megatron."""

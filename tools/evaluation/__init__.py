@@ -1,0 +1,1 @@
+"""Perplexities, benchmark scores, and runs side by side."""
