@@ -80,7 +80,7 @@ def summary(finished: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--objectives", "ce,mule"), "no objective 'mule'; expected one or more of ce, mile"),
+        (("--objectives", "ce,mule"), "no objective 'mule'; expected one or more of ce, emo"),
         (("--objectives", ""), "no objective ''"),
         (("--steps", "0"), "--steps 0: expected at least 1"),
         (("--tp", "3"), "--tp 3: expected 1"),

@@ -14,32 +14,33 @@ from support.training_runs import JOBS, TrainingRuns
 pytestmark = [pytest.mark.slow, pytest.mark.compat]
 
 
-def ranks_of(script: ast.Module) -> int:
-    """The number that the script assigns to RANKS."""
-    (ranks,) = [
+def ranks_of(script: Path) -> int:
+    """The number that a script assigns to RANKS."""
+    ranks = [
         ast.literal_eval(node.value)
-        for node in script.body
+        for node in ast.parse(script.read_text()).body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RANKS"
     ]
-    return int(ranks)
+    assert len(ranks) == 1, f"{script.name} must assign RANKS once, the ranks of its checks"
+    return int(ranks[0])
 
 
-def checks_of(script: ast.Module) -> list[str]:
-    """The names of the checks that the script defines."""
-    functions = [node.name for node in script.body if isinstance(node, ast.FunctionDef)]
-    return [name for name in functions if name.startswith("check_")]
+def checks_of(script: Path) -> list[str]:
+    """The names of the checks that a script defines."""
+    body = ast.parse(script.read_text()).body
+    names = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+    return [name for name in names if name.startswith("check_")]
 
 
-SCRIPTS = {path: ast.parse(path.read_text("utf-8")) for path in sorted(JOBS.glob("*_checks.py"))}
 CHECKS = [
-    pytest.param(path, ranks_of(script), check, id=f"{path.stem}-{check}")
-    for path, script in SCRIPTS.items()
+    pytest.param(script, ranks_of(script), check, id=f"{script.stem}-{check}")
+    for script in sorted(JOBS.glob("*_checks.py"))
     for check in checks_of(script)
 ]
 
 
-@pytest.mark.parametrize(("path", "ranks", "check"), CHECKS)
-def test_hook(runs: TrainingRuns, path: Path, ranks: int, check: str) -> None:
-    run = runs.train(ranks, script=path)
+@pytest.mark.parametrize(("script", "ranks", "check"), CHECKS)
+def test_hook(runs: TrainingRuns, script: Path, ranks: int, check: str) -> None:
+    run = runs.train(ranks, script=script)
     failure = json.loads((run.folder / "checks.json").read_text())[check]
     assert not failure, failure
