@@ -46,7 +46,6 @@ from pathlib import Path
 if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-
 from tools.checkpoint.llama import FORMS
 from tools.checkpoint.llama_config import DTYPES
 from tools.checkpoint.to_hf import to_hf

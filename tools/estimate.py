@@ -31,7 +31,6 @@ from typing import Any
 if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-
 from tools.common.cli import ToolError, UsageError, new_parser, run_tool
 from tools.common.megatron import megatron_module, silence_megatron
 from tools.estimation.footprint import Memory, cost_flops, memory, micro_batches

@@ -29,7 +29,6 @@ from typing import NamedTuple
 if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-
 from tools.common.cli import ToolError, new_parser, run_tool
 from tools.common.files import write_whole
 from tools.common.outputs import output_file

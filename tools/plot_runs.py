@@ -22,7 +22,6 @@ from pathlib import Path
 if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes

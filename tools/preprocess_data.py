@@ -42,7 +42,6 @@ from typing import Any
 if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-
 from tqdm import tqdm
 
 from tools.common.cli import new_parser, run_tool

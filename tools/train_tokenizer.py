@@ -27,7 +27,6 @@ from pathlib import Path
 if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 

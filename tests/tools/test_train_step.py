@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mile import ObjectiveConfig, wrap_forward_step
-from tools.bench import train_step
+from tools.bench import train_step, training
 from tools.bench.paired_steps import PairedSteps
 
 MILE = {"mile loss", "mile entropy", "mile weight"}
@@ -62,12 +62,12 @@ def test_table_has_the_counted_pairs_and_the_conditions(
     assert not [key for key, value in row.items() if not value]
     figures = train_step.figures(result["steps"][2:])
     assert {key: row[key] for key in figures} == {k: f"{v:.4g}" for k, v in figures.items()}
-    layout = train_step.Layout(None)
     assert [row[key] for key in ("objective", "precision", "pairs")] == ["mile", "bf16", "2"]
     assert [row[key] for key in ("layers", "hidden", "tokens", "vocab")] == [
         *("6", "192", "4096", "4096")
     ]
-    assert (row["tp"], row["threads"]) == (str(layout.tp), layout.env(layout.tp)["OMP_NUM_THREADS"])
+    assert row["tp"] == str(training.ranks())
+    assert row["threads"] == training.environment()["OMP_NUM_THREADS"]
 
 
 def test_figures_are_those_of_a_case_done_by_hand() -> None:

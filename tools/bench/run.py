@@ -33,7 +33,6 @@ from pathlib import Path
 if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-
 import torch
 
 from tools.bench.case import DTYPES, Case

@@ -36,7 +36,6 @@ from typing import Any
 if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-
 import numpy as np
 from tqdm import tqdm
 

@@ -87,24 +87,25 @@ _GRACE_S = 45.0
 def layout_flags() -> list[str]:
     """Return the flags that say where to compute: on up to two GPUs, or on CPUs with two ranks."""
     cpu = [] if torch.cuda.is_available() else ["--mile-cpu"]
-    return ["--tensor-model-parallel-size", str(_ranks()), *cpu]
+    return ["--tensor-model-parallel-size", str(ranks()), *cpu]
 
 
-def _ranks() -> int:
+def ranks() -> int:
+    """Return how many processes share the model: GPUs, or two where there are none."""
     return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
 
 
 def torchrun() -> list[str]:
     """Return the words that start a script, named next, on all ranks of this machine."""
     # Loopback only; port 0 lets the system choose a free one.
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(_ranks())]
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks())]
     words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     return [*words, "--local-addr", "127.0.0.1"]
 
 
-def _environment() -> Mapping[str, str]:
+def environment() -> Mapping[str, str]:
     """Return what the ranks need; nothing leaves the machine."""
-    threads = max(1, len(os.sched_getaffinity(0)) // _ranks())
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks())
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(min(threads, _MOST_THREADS)),
@@ -133,7 +134,7 @@ def run_training(command: Sequence[str], log: Path, follow: Callable[[str], obje
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=_environment(),
+        env=environment(),
         start_new_session=True,  # Ctrl-C reaches the tool alone, which ends the child
     )
     try:
