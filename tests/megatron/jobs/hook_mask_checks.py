@@ -232,6 +232,20 @@ def check_a_token_that_counts_has_a_target() -> None:
         raises(MileError, "its label is -100 or outside the vocabulary", loss_func, output)
 
 
+def check_a_negative_weight_after_the_first_step_ends_in_nan() -> None:
+    signs = [torch.ones(B, S), -torch.ones(B, S)]
+    install(MILE)
+
+    def step(iterator: Any, model: Any) -> Step:
+        return forward(model, batch()[1]), functools.partial(host_loss, signs.pop(0))
+
+    wrapped, totals = wrap_forward_step(step, MILE), []
+    for _ in range(2):
+        output, loss_func = wrapped(None, build_model())
+        totals.append(loss_func(output)[0])
+    assert [bool(total.isnan()) for total in totals] == [False, True]
+
+
 def check_each_mistake_has_a_remedy_of_its_own() -> None:
     def changed_step(iterator: Any, model: Any) -> Step:
         output, loss_func = forward_step(iterator, model)
