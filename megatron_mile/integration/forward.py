@@ -255,7 +255,7 @@ class _Reduction:
         # A mean has divided the mask by its sum.
         mask = share if count else share / share.max().clamp(min=torch.finfo(share.dtype).tiny)
         group = _alpha_group(model, self.config.alpha_mode)
-        alpha = normaliser(stats.weight, mask * stats.valid, self.config.alpha_mode, group)
+        alpha = normaliser(stats.weight, mask, self.config.alpha_mode, group)
         broken = ((share != 0) & (unowned | ~stats.valid)).any()
         negative = (share < 0).any()
         if not self.checked:
