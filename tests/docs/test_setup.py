@@ -64,8 +64,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(clone: Path, *words: str) -> subprocess.Popen[str]:
-    """Start make without the settings that this machine has for pip."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    """Start make without the settings that this machine has for pip, or a make around the tests."""
+    others = ("PIP_", "MAKE", "MFLAGS")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     pip = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": f"{clone}/wheels"}
     return subprocess.Popen(
         ["make", *words],
