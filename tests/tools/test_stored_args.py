@@ -43,7 +43,13 @@ ARGS: dict[str, Any] = {
     "seed": 1234,
     "vocab_size": 600,
     "num_query_groups": 1,
+    "num_experts": None,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "rotary_interleaved": False,
     "rotary_base": 10000,
+    "rotary_percent": 1.0,
+    "layernorm_epsilon": 1e-6,
 }
 OTHER_KINDS = (None, "2", 1.5, float("nan"), [], {}, b"2", torch.ones(2), 10**30, -1)
 
@@ -61,7 +67,16 @@ def test_check_common_takes_what_megatron_writes(weights: dict[str, tuple[int, .
     assert check({}, weights)["iteration"] == 3
     for name in ("vocab_size", "num_query_groups"):
         check({name: None}, weights)
-        check({name: ...}, weights)
+    for name in OPTIONAL:
+        check({name: None}, weights)
+
+
+def test_check_common_knows_names_of_before() -> None:
+    """Megatron itself would take its default for the new name, and compute something else."""
+    args = check({"layernorm_epsilon": ..., "norm_epsilon": 1e-6})["args"]
+    assert args.layernorm_epsilon == 1e-6
+    with pytest.raises(ToolError, match="stored layernorm_epsilon is 'x'; expected"):
+        check({"layernorm_epsilon": ..., "norm_epsilon": "x"})
 
 
 @pytest.mark.parametrize("name", REQUIRED)
