@@ -13,7 +13,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -70,6 +70,14 @@ class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.metadata
 
+    def check(self, keys: Collection[str]) -> None:
+        """Compare the checksums of tensors or objects."""
+        for index, part in self.metadata.storage_data.items():
+            if index.fqn in keys:
+                with (Path(self.path) / part.relative_path).open("rb") as file:
+                    file.seek(part.offset)
+                    _compare_checksums(file.read(part.length))
+
 
 class _LoadPlanner(dcp.DefaultLoadPlanner):
     """torch's planner, with objects read by rule."""
@@ -82,11 +90,16 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 
 
 def _load(content: bytes) -> Any:
-    """Read an object by torch's rules, after comparing checksums, which torch does not."""
+    """Read an object by torch's rules, after comparing checksums."""
+    _compare_checksums(content)
+    return torch.load(BytesIO(content), weights_only=True)
+
+
+def _compare_checksums(content: bytes) -> None:
+    """Refuse what is not as it was written; torch writes checksums and does not compare them."""
     with ZipFile(BytesIO(content)) as archive:
         if damaged := archive.testzip():
             raise pickle.UnpicklingError(f"the checksum of {damaged} is wrong")
-    return torch.load(BytesIO(content), weights_only=True)
 
 
 class Checkpoint:
@@ -118,7 +131,9 @@ class Checkpoint:
     def tensor(self, key: str) -> torch.Tensor:
         """Read one tensor whole, in its own dtype, onto the CPU."""
         entry = self.tensors[key]
-        target = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with self._errors():
+            self._reader.check([key])
+            target = torch.empty(entry.size, dtype=entry.properties.dtype)
         self._read(key, target)
         return target
 
@@ -135,6 +150,15 @@ class Checkpoint:
             with self._errors():
                 common = _load((self.folder / _COMMON_BEFORE_0_19).read_bytes())
         return check_common(self.folder, common, self.weights)
+
+    def check_weights(self) -> None:
+        """Compare the checksums of the model's tensors, which Megatron does not.
+
+        Raises:
+            ToolError: one is wrong.
+        """
+        with self._errors():
+            self._reader.check(self.weights)
 
     def check_objects(self) -> None:
         """Read what a model may ask for, so that Megatron may read it after this.

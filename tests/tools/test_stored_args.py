@@ -12,6 +12,7 @@ import samples
 import torch
 from _cli import ToolError
 from _stored_args import OPTIONAL, REQUIRED, check_common
+from _torch_dist import Checkpoint
 from tool_forker import ToolForker
 
 WEIGHTS = {
@@ -181,19 +182,29 @@ def test_evaluate_and_convert_name_a_missing_argument(
     assert not (folder / "hf").exists()
 
 
-def test_an_object_whose_checksum_is_wrong_is_refused(
-    sample: Path, tmp_path: Path, forker: ToolForker
+@pytest.mark.parametrize("kind", ["argument", "weight"])
+def test_a_checksum_that_is_wrong_is_refused(
+    kind: str, sample: Path, tmp_path: Path, forker: ToolForker
 ) -> None:
-    """A digit of seq_length changed within the file: possible, but not what was written."""
+    """What is read is possible, but not what was written."""
     folder = samples.copy(sample, tmp_path / "folder")
     path = folder / samples.MODEL / "__0_0.distcp"
-    content = path.read_bytes()
-    place = content.index(b"seq_length") + len("seq_length")
-    place = content.index(64, place)  # as one byte, of which pickle makes the number
-    path.write_bytes(content[:place] + b"\x20" + content[place + 1 :])
+    content = bytearray(path.read_bytes())
+    if kind == "argument":  # seq_length, of which pickle makes a number of one byte
+        place = content.index(64, content.index(b"seq_length"))
+    else:
+        checkpoint = Checkpoint(folder / samples.MODEL)
+        weight = checkpoint.tensor("decoder.final_layernorm.weight").numpy().tobytes()
+        place = content.index(weight)
+    content[place] ^= 1
+    path.write_bytes(content)
     done = samples.run(forker, samples.COMMANDS["evaluate"], folder)
     _is_one_line(done.err, "evaluate", "model/release: cannot be read (the checksum of ")
+    convert = ("--to", "hf", "--load", "model", "--output", "hf")
+    done = forker.run("convert_checkpoint", convert, folder)
+    _is_one_line(done.err, "convert_checkpoint", "cannot be read (the checksum of ")
     assert not (folder / "new.json").exists()
+    assert not (folder / "hf").exists()
 
 
 def test_evaluate_of_the_bent_and_mended_is_the_same(
