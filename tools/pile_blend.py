@@ -110,9 +110,10 @@ def blend(folder: Path, renormalize: bool) -> list[Share]:
 
 
 def _pairs(folder: Path, domain: str) -> list[str]:
-    """List the prefixes of a domain's pairs."""
+    """List the prefixes of a domain's pairs, whole or not."""
     ending = file_name(domain) + _ENDING
-    stems = sorted(path.stem for path in folder.glob(f"*{ending}.idx"))
+    files = (file for suffix in SUFFIXES for file in folder.glob(f"*{ending}{suffix}"))
+    stems = sorted({file.stem for file in files})
     return [str(folder / stem) for stem in stems if stem == ending or stem.endswith(f"_{ending}")]
 
 

@@ -146,7 +146,10 @@ def _workers(asked: int) -> int:
 
 def _positive(text: str) -> int:
     """Parse a positive number for argparse."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
     return value

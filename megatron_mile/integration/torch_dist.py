@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -71,10 +71,19 @@ class Reader(dcp.FileSystemReader):
 
     def tensor(self, key: str) -> torch.Tensor:
         """Read one tensor whole, whatever layout wrote it, in its own dtype, onto the CPU."""
+        self.check([key])
         entry = self.tensors[key]
         target = torch.empty(entry.size, dtype=entry.properties.dtype)
         self._read(key, target)
         return target
+
+    def check(self, keys: Collection[str]) -> None:
+        """Compare the checksums of tensors or objects; a wrong one raises UnpicklingError."""
+        for index, part in self.metadata.storage_data.items():
+            if index.fqn in keys:
+                with (Path(self.path) / part.relative_path).open("rb") as file:
+                    file.seek(part.offset)
+                    _compare_checksums(file.read(part.length))
 
     def object(self, key: str) -> Any:
         """Read what was stored under a key of `objects`."""
@@ -98,11 +107,16 @@ class _Planner(dcp.DefaultLoadPlanner):
 
 
 def load_object(content: bytes) -> Any:
-    """Read an object by torch's rules, after comparing checksums, which torch does not."""
+    """Read an object by torch's rules, after comparing checksums."""
+    _compare_checksums(content)
+    return torch.load(BytesIO(content), weights_only=True)
+
+
+def _compare_checksums(content: bytes) -> None:
+    """Refuse what is not as it was written; torch writes checksums and does not compare them."""
     with ZipFile(BytesIO(content)) as archive:
         if damaged := archive.testzip():
             raise pickle.UnpicklingError(f"the checksum of {damaged} is wrong")
-    return torch.load(BytesIO(content), weights_only=True)
 
 
 @contextmanager

@@ -80,7 +80,8 @@ def test_blend_missing_domains_are_named_or_left_out(
     pile: Path, capsys: pytest.CaptureFixture[str], failure: Callable[..., str]
 ) -> None:
     for name in ("Github", "Wikipedia_en"):
-        (pile / f"pile-00_{name}_text_document.idx").unlink()
+        for path in pile.glob(f"*_{name}_text_document.*"):
+            path.unlink()
     message = failure(main, pile)
     assert "no *_DOMAIN_text_document.idx for 2 of 22 domains: Github, Wikipedia (en);" in message
     main([str(pile), "--renormalize"])
@@ -110,5 +111,11 @@ def test_blend_refuses_damaged_and_mixed_pairs(
     tokens = pile / "pile-00_ArXiv_text_document.bin"
     os.truncate(tokens, 5)
     assert failure(main, pile).startswith(f"{tokens}: 5 bytes, but its .idx describes 6")
+    for path in (tokens, tokens.with_suffix(".info")):  # left by an interrupted preprocessing
+        tokens.with_suffix(".idx").unlink(missing_ok=True)
+        message = failure(main, pile, "--renormalize")
+        assert message.startswith(f"no file {tokens.with_suffix('.idx')}; ")
+        path.unlink()
+    main([str(pile), "--renormalize"])
     spaced = pile.rename(tmp_path / "a pile")
     assert "Megatron splits blends at white space" in failure(main, spaced)

@@ -13,6 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_mile.objectives import OBJECTIVES
 from tools import plot_runs
+from tools.common.cli import ToolError
+from tools.evaluation.comparison import read_evaluation
 from tools.evaluation.runs import Run, find_runs, read_run
 
 Failure = Callable[..., str]
@@ -144,6 +146,49 @@ def test_plot_runs_refuses_what_it_cannot_draw(tmp_path: Path, failure: Failure)
     bad = ("--tag", "mile loss", "--output", tmp_path / "runs.docx")
     assert "docx" in failure(plot_runs.main, run, *bad)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ce", "empty"]
+
+
+# TensorBoard itself would draw what comes before, without a word.
+@pytest.mark.parametrize("place", [0.3, 0.7])
+def test_plot_runs_names_damaged_events(place: float, tmp_path: Path, failure: Failure) -> None:
+    run = _write_run(tmp_path / "ce", [3.0, 2.0, 1.0])
+    (path,) = (run / "tensorboard").iterdir()
+    content = path.read_bytes()
+    at = int(place * len(content))
+    flags = (run, "--output", tmp_path / "runs.png")
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    assert failure(plot_runs.main, *flags).startswith(f"{path}: damaged; remove it")
+    assert not (tmp_path / "runs.png").exists()
+    path.write_bytes(content[:-3])  # by a run that goes on
+    plot_runs.main([*map(str, flags)])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "null", "[]", "{}", '{"ppl": "1"}', '{"ppl": NaN}', '{"ppl": 1e999}', '{"ppl": 0}'),
+        *('{"ppl": true}', '{"ppl": 2, "harness": []}', '{"ppl": 2, "harness": {}}', "[" * 99999),
+        '{"harness": {"scores": {}}}',
+        '{"harness": {"scores": {"x": {"a": {"acc": 1}}}}}',
+        '{"harness": {"scores": {"0": {"a": {"acc": "1"}}}}}',
+    ],
+)
+def test_read_evaluation_refuses_other_files(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    path.write_text(content)
+    with pytest.raises(ToolError, match=r"evaluation.json: not an evaluation; make it with"):
+        read_evaluation(path)
+
+
+def test_plot_runs_reads_the_records_before_it_draws(tmp_path: Path, failure: Failure) -> None:
+    run = _write_run(tmp_path / "ce", [1.0])
+    _record(run, "--lr 1", versions={"torch": 2})  # a number where a text belongs
+    plot_runs.main([str(run), "--output", str(tmp_path / "runs.png")])
+    (tmp_path / "runs.png").unlink()
+    (run / "checkpoints" / "run_record.json").write_text("[" * 99999)
+    message = failure(plot_runs.main, run, "--output", tmp_path / "runs.png")
+    assert "run_record.json: not a run's record" in message
+    assert not (tmp_path / "runs.png").exists()
 
 
 def _data(prefix: str, digest: str, tokenizer: dict[str, str]) -> dict[str, object]:

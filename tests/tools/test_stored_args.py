@@ -13,6 +13,7 @@ import torch
 from tool_forker import ToolForker
 
 from tools.checkpoint.stored_args import OPTIONAL, REQUIRED, check_common
+from tools.checkpoint.torch_dist import Checkpoint
 from tools.common.cli import ToolError
 
 WEIGHTS = {
@@ -44,7 +45,13 @@ ARGS: dict[str, Any] = {
     "seed": 1234,
     "vocab_size": 600,
     "num_query_groups": 1,
+    "num_experts": None,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "rotary_interleaved": False,
     "rotary_base": 10000,
+    "rotary_percent": 1.0,
+    "layernorm_epsilon": 1e-6,
 }
 OTHER_KINDS = (None, "2", 1.5, float("nan"), [], {}, b"2", torch.ones(2), 10**30, -1)
 
@@ -62,7 +69,16 @@ def test_check_common_takes_what_megatron_writes(weights: dict[str, tuple[int, .
     assert check({}, weights)["iteration"] == 3
     for name in ("vocab_size", "num_query_groups"):
         check({name: None}, weights)
-        check({name: ...}, weights)
+    for name in OPTIONAL:
+        check({name: None}, weights)
+
+
+def test_check_common_knows_names_of_before() -> None:
+    """Megatron itself would take its default for the new name, and compute something else."""
+    args = check({"layernorm_epsilon": ..., "norm_epsilon": 1e-6})["args"]
+    assert args.layernorm_epsilon == 1e-6
+    with pytest.raises(ToolError, match="stored layernorm_epsilon is 'x'; expected"):
+        check({"layernorm_epsilon": ..., "norm_epsilon": "x"})
 
 
 @pytest.mark.parametrize("name", REQUIRED)
@@ -167,19 +183,29 @@ def test_evaluate_and_convert_name_a_missing_argument(
     assert not (folder / "hf").exists()
 
 
-def test_an_object_whose_checksum_is_wrong_is_refused(
-    sample: Path, tmp_path: Path, forker: ToolForker
+@pytest.mark.parametrize("kind", ["argument", "weight"])
+def test_a_checksum_that_is_wrong_is_refused(
+    kind: str, sample: Path, tmp_path: Path, forker: ToolForker
 ) -> None:
-    """A digit of seq_length changed within the file: possible, but not what was written."""
+    """What is read is possible, but not what was written."""
     folder = samples.copy(sample, tmp_path / "folder")
     path = folder / samples.MODEL / "__0_0.distcp"
-    content = path.read_bytes()
-    place = content.index(b"seq_length") + len("seq_length")
-    place = content.index(64, place)  # as one byte, of which pickle makes the number
-    path.write_bytes(content[:place] + b"\x20" + content[place + 1 :])
+    content = bytearray(path.read_bytes())
+    if kind == "argument":  # seq_length, of which pickle makes a number of one byte
+        place = content.index(64, content.index(b"seq_length"))
+    else:
+        checkpoint = Checkpoint(folder / samples.MODEL)
+        weight = checkpoint.tensor("decoder.final_layernorm.weight").numpy().tobytes()
+        place = content.index(weight)
+    content[place] ^= 1
+    path.write_bytes(content)
     done = samples.run(forker, samples.COMMANDS["evaluate"], folder)
     _is_one_line(done.err, "evaluate", "model/release: cannot be read (the checksum of ")
+    convert = ("--to", "hf", "--load", "model", "--output", "hf")
+    done = forker.run("convert_checkpoint", convert, folder)
+    _is_one_line(done.err, "convert_checkpoint", "cannot be read (the checksum of ")
     assert not (folder / "new.json").exists()
+    assert not (folder / "hf").exists()
 
 
 def test_evaluate_of_the_bent_and_mended_is_the_same(

@@ -115,6 +115,7 @@ def load_model(folder: Path, device: torch.device) -> LoadedModel:
     checkpoint = Checkpoint(folder)
     common = checkpoint.common()
     checkpoint.check_objects()
+    checkpoint.check_weights()
     args = _single_process_args(common["args"], device.type == "cpu")
     _start_process_group(args)
     try:

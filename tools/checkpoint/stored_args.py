@@ -52,26 +52,30 @@ _SIZE, _SWITCH = _whole(1), Kind("True or False", lambda v: type(v) is bool)
 _NAME = Kind("a text", lambda v: type(v) is str)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# What is missing would get a default of Megatron's.
 REQUIRED = {
     **dict.fromkeys(("num_layers", "hidden_size", "ffn_hidden_size"), _SIZE),
     **dict.fromkeys(("num_attention_heads", "kv_channels", "padded_vocab_size"), _SIZE),
     **dict.fromkeys(("seq_length", "max_position_embeddings"), _SIZE),
+    **dict.fromkeys(("vocab_size", "num_query_groups", "num_experts"), _or_none(_SIZE)),
     **dict.fromkeys(("untie_embeddings_and_output_weights", "swiglu"), _SWITCH),
-    **dict.fromkeys(("add_bias_linear", "group_query_attention"), _SWITCH),
+    **dict.fromkeys(("add_bias_linear", "add_qkv_bias", "group_query_attention"), _SWITCH),
+    **dict.fromkeys(("qk_layernorm", "rotary_interleaved"), _SWITCH),
     **dict.fromkeys(("normalization", "position_embedding_type"), _NAME),
     "params_dtype": Kind(f"one of {', '.join(map(str, _DTYPES))}", lambda v: v in _DTYPES),
+    "layernorm_epsilon": _number(0, 1),
+    "rotary_base": _number(0, 1e18),
+    "rotary_percent": _number(0, 1),
     "seed": _whole(1, 2**32 - 1),
 }
+# Older versions lack these, or never set them.
 OPTIONAL = {
-    **dict.fromkeys(("vocab_size", "num_query_groups", "num_experts"), _or_none(_SIZE)),
     "mtp_num_layers": _or_none(_whole(0, 1000)),
     **dict.fromkeys(("hybrid_layer_pattern", "tokenizer_type"), _or_none(_NAME)),
     "tokenizer_model": _or_none(_NAME),
-    **dict.fromkeys(("layernorm_epsilon", "norm_epsilon"), _number(0, 1)),
-    "rotary_base": _number(0, 1e18),
-    "rotary_percent": _number(0, 1),
-    **dict.fromkeys(("qk_layernorm", "add_qkv_bias", "rotary_interleaved"), _SWITCH),
 }
+# Name now, name before.
+RENAMED = {"layernorm_epsilon": "norm_epsilon"}
 
 
 def check_common(
@@ -85,14 +89,17 @@ def check_common(
         weights: sizes of the model's tensors by key.
 
     Returns:
-        `common`.
+        `common`, with the arguments under the names that they have now.
 
     Raises:
         ToolError: something is missing, of another kind, out of range, or contradicts the tensors.
     """
     if not isinstance(common, dict) or not isinstance(common.get("args"), argparse.Namespace):
         raise ToolError(f"{folder}: holds no training arguments; expected a megatron.training run")
-    args = vars(common["args"])
+    args: dict[str, Any] = common["args"].__dict__
+    for name, before in RENAMED.items():
+        if name not in args and before in args:
+            args[name] = args.pop(before)
     for name in REQUIRED:
         if name not in args:
             raise _refusal(folder, f"its stored arguments lack {name}", REQUIRED[name].text)

@@ -69,6 +69,15 @@ class Checkpoint:
                 common = load_object((self.folder / _COMMON_BEFORE_0_19).read_bytes())
         return check_common(self.folder, common, self.weights)
 
+    def check_weights(self) -> None:
+        """Compare the checksums of the model's tensors, which Megatron does not.
+
+        Raises:
+            ToolError: one is wrong.
+        """
+        with self._errors():
+            self.reader.check(self.weights)
+
     def check_objects(self) -> None:
         """Read what a model may ask for, so that Megatron may read it after this.
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub import errors
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
 from tools.common.cli import ToolError
 from tools.common.files import read_json
@@ -86,10 +88,13 @@ def read_run(folder: Path, tag: str) -> Run:
 
     Raises:
         NoCurve: the run has no such tag.
-        ToolError: its evaluation.json is damaged.
+        ToolError: its events or its evaluation.json are damaged.
     """
     from megatron_mile.objectives import OBJECTIVES
 
+    for file in files_of(folder):
+        if file.match(_EVENTS):
+            _check_records(file)
     events = EventAccumulator(str(_events(folder)), size_guidance={"scalars": 0}).Reload()
     tags = sorted(events.Tags()["scalars"])
     if tag not in tags:
@@ -102,6 +107,22 @@ def read_run(folder: Path, tag: str) -> Run:
     losses = np.array([values[step] for step in steps])
     name = OBJECTIVES[name].label if name in OBJECTIVES else name
     return Run(name, steps, losses, _evaluation(folder))
+
+
+def _check_records(path: Path) -> None:
+    """Refuse a damaged file of events: TensorBoard takes what comes before and is silent.
+
+    A last record that is not whole is left by a run that goes on, or was killed.
+    """
+    reader = PyRecordReader_New(str(path))
+    try:
+        while True:
+            reader.GetNext()
+    except errors.OutOfRangeError:
+        return
+    except errors.DataLossError as error:
+        if "crc32" in str(error):
+            raise ToolError(f"{path}: damaged; remove it, or take it from a backup") from error
 
 
 def _evaluation(folder: Path) -> dict[str, float] | None:
