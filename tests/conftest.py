@@ -2,8 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+# The same cases in every run; `--hypothesis-profile long` draws others, and more of them.
+settings.register_profile("repeated", derandomize=True)
+settings.register_profile("long", max_examples=1000)
+settings.load_profile("repeated")
 
 
 @pytest.fixture(autouse=True)

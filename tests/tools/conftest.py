@@ -8,12 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 from tool_forker import ToolForker
 
 from tools import preprocess_data, train_tokenizer
-
-settings.register_profile("long", max_examples=1000)
 
 # Cut into about 1000 documents: more than the batches that two workers may have in flight.
 SOURCES = ("argparse.py", "ast.py", "difflib.py", "enum.py", "inspect.py", "pickle.py", "typing.py")

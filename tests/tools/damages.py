@@ -29,7 +29,7 @@ ODD_NUMBERS = (
 )
 # {} is the name that the command gives its output.
 ODD_OUTPUTS = (
-    *("missing/{}", "folder/{}", "in.jsonl/{}", "{}/", "", ".", "..", "/", "/proc/self/{}"),
+    *("missing/{}", "folder/{}", "in.jsonl/{}", "{}/", "", ".", "..", "/proc/self/{}"),
     *("folder", "pipe", "loop", "x" * 300, "x" * 245, "{}\n", " ", "-", "a b", "é\udcff{}"),
     *("tok", "model", "runs", "pile", "c", "d", "$_$", "*{}", "[{}", "~/{}"),
 )

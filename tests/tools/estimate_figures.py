@@ -21,6 +21,9 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
 from megatron_mile import cpu_mode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `tools`
+
 from tools import estimate
 from tools.estimation.footprint import cost_flops, memory, shard_parameters
 from tools.estimation.job import (
@@ -220,6 +223,7 @@ def fuzz() -> dict[str, Any]:
     @settings(
         max_examples=60,
         deadline=None,
+        derandomize=True,
         database=None,
         phases=[Phase.generate],
         suppress_health_check=[*HealthCheck],

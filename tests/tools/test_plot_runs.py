@@ -161,6 +161,9 @@ def test_plot_runs_names_damaged_events(place: float, tmp_path: Path, failure: F
     assert not (tmp_path / "runs.png").exists()
     path.write_bytes(content[:-3])  # by a run that goes on
     plot_runs.main([*map(str, flags)])
+    path.unlink()
+    path.symlink_to("nowhere")
+    assert failure(plot_runs.main, *flags) == f"{path}: no such file"
 
 
 @pytest.mark.parametrize(

@@ -114,12 +114,14 @@ def _check_records(path: Path) -> None:
 
     A last record that is not whole is left by a run that goes on, or was killed.
     """
-    reader = PyRecordReader_New(str(path))
     try:
+        reader = PyRecordReader_New(str(path))
         while True:
             reader.GetNext()
     except errors.OutOfRangeError:
         return
+    except errors.NotFoundError as error:  # a link that leads nowhere
+        raise ToolError(f"{path}: no such file") from error
     except errors.DataLossError as error:
         if "crc32" in str(error):
             raise ToolError(f"{path}: damaged; remove it, or take it from a backup") from error
