@@ -56,8 +56,13 @@ def test_encode_all_reads_no_further_than_its_window() -> None:
     assert read <= (4 * 2 + 1 + 3) * 64
 
 
-def _start_stalled(flags: list[str], fifo: Path, lines: bytes) -> subprocess.Popen[str]:
-    """Start the tool on a pipe that gives half of the corpus, and wait for the first bytes out."""
+@contextlib.contextmanager
+def _stalled(flags: list[str], fifo: Path, lines: bytes) -> Iterator[subprocess.Popen[str]]:
+    """Run the tool on a pipe that gives half of the corpus, and wait for the first bytes out.
+
+    The pipe ends with the block. A signal is sent inside it: one that comes just before the tool
+    waits for the pipe is noticed by Python only after that.
+    """
     os.mkfifo(fifo)
     command = [sys.executable, str(TOOL), "--input", str(fifo), *flags]
     process = subprocess.Popen(
@@ -78,7 +83,8 @@ def _start_stalled(flags: list[str], fifo: Path, lines: bytes) -> subprocess.Pop
         with contextlib.suppress(BlockingIOError):
             rest = rest[os.write(feed, rest) :]
         time.sleep(0.02)
-    return process
+    yield process
+    os.close(feed)
 
 
 def _children(pid: int) -> list[int]:
@@ -102,10 +108,10 @@ def test_main_killed_run_keeps_the_earlier_pair_and_can_be_repeated(
         shutil.copy(f"{whole}_text_document{suffix}", out / f"c_text_document{suffix}")
     earlier = files_below(out)
     flags = ["--output-prefix", str(out / "c"), "--append-eod", "--workers", "2", *hf_flags]
-    process = _start_stalled(flags, tmp_path / "pipe.jsonl", corpus.read_bytes())
-    workers = _children(process.pid)
-    assert len(workers) == 2
-    process.kill()
+    with _stalled(flags, tmp_path / "pipe.jsonl", corpus.read_bytes()) as process:
+        workers = _children(process.pid)
+        assert len(workers) == 2
+        process.kill()
     process.wait()  # communicate would wait for workers that outlive it
     assert process.stderr
     process.stderr.close()
@@ -130,8 +136,8 @@ def test_main_ctrl_c_keeps_the_earlier_pair(tmp_path: Path) -> None:
     (tmp_path / "good.jsonl").write_bytes(DOCUMENT)
     main(["--input", str(tmp_path / "good.jsonl"), *flags])
     earlier = files_below(out)
-    process = _start_stalled(flags, tmp_path / "pipe.jsonl", DOCUMENT * 10000)
-    process.send_signal(signal.SIGINT)
+    with _stalled(flags, tmp_path / "pipe.jsonl", DOCUMENT * 10000) as process:
+        process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == "tools/preprocess_data.py: error: interrupted\n"
     assert process.returncode == 130
     assert files_below(out) == earlier
