@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,61 +22,18 @@ from tools.common.cli import ToolError
 
 VOCABULARY = 4096
 # examples/quickstart.py trains this. The figures of a table can be compared as long as it stays.
-MODEL = [
-    "--num-layers",
-    "6",
-    "--hidden-size",
-    "192",
-    "--ffn-hidden-size",
-    "512",
-    "--num-attention-heads",
-    "4",
-    "--swiglu",
-    "--normalization",
-    "RMSNorm",
-    "--position-embedding-type",
-    "rope",
-    "--disable-bias-linear",
-    "--untie-embeddings-and-output-weights",
-    "--attention-dropout",
-    "0",
-    "--hidden-dropout",
-    "0",
-    "--seq-length",
-    "256",
-    "--max-position-embeddings",
-    "256",
-    "--init-method-std",
-    "0.04",
-    "--embedding-init-method-std",
-    "0.2",
-]
-SCHEDULE = [
-    "--micro-batch-size",
-    "16",
-    "--global-batch-size",
-    "16",
-    "--seed",
-    "1234",
-    "--lr",
-    "3e-3",
-    "--min-lr",
-    "3e-4",
-    "--lr-decay-style",
-    "cosine",
-    "--weight-decay",
-    "0.1",
-    "--clip-grad",
-    "1.0",
-    "--log-interval",
-    "1",
-    "--eval-iters",
-    "0",
-    "--eval-interval",
-    "1000000000",
-    "--num-workers",
-    "0",
-]
+MODEL = shlex.split("""
+--num-layers 6 --hidden-size 192 --ffn-hidden-size 512 --num-attention-heads 4
+--swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear
+--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+--seq-length 256 --max-position-embeddings 256
+--init-method-std 0.04 --embedding-init-method-std 0.2
+""")
+SCHEDULE = shlex.split("""
+--micro-batch-size 16 --global-batch-size 16 --seed 1234
+--lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0
+--log-interval 1 --eval-iters 0 --eval-interval 1000000000 --num-workers 0
+""")
 # So small a model does not get faster with more.
 _MOST_THREADS = 8
 # A step takes seconds and ends with a line of Megatron's; so does each part of the start.
