@@ -28,6 +28,12 @@ def _ours(backend: str, inplace: bool = False) -> Callable[[], tuple[Loss, str]]
     return lambda: (loss, "")
 
 
+def _compiled() -> tuple[Loss, str]:
+    """Our plain torch form, fused by torch.compile."""
+    loss, _ = _ours("torch")()
+    return torch.compile(loss), "torch.compile"
+
+
 def _chunked_obstacle(case: Case) -> str:
     return "" if case.device == "cpu" else "made for CPUs"
 
@@ -118,9 +124,19 @@ def _flash_attn() -> tuple[Loss, str]:
     return loss, "inplace_backward"
 
 
+def _quack() -> tuple[Loss, str]:
+    from quack import cross_entropy
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor, group: Any) -> torch.Tensor:
+        return cross_entropy(logits, targets, reduction="none", inplace_backward=True)
+
+    return loss, "inplace_backward"
+
+
 LOGITS_LOSSES = {
     "ours-reference": Provider("mile", _ours("torch"), lambda _: ""),
     "ours-chunked": Provider("mile", _ours("auto"), _chunked_obstacle),
+    "ours-compiled": Provider("mile", _compiled, needs(gpu=True)),
     "ours-triton": Provider("mile", _ours("triton"), _triton_obstacle),
     "ours-inplace": Provider("mile", _ours("auto", inplace=True), lambda _: ""),
     BASELINE: Provider("ce", megatron_loss, needs("megatron")),
@@ -131,6 +147,7 @@ LOGITS_LOSSES = {
         "ce", _transformer_engine, needs("transformer_engine", gpu=True)
     ),
     "flash-attn": Provider("ce", _flash_attn, needs("flash_attn", gpu=True)),
+    "quack": Provider("ce", _quack, needs("quack", gpu=True, whole_vocabulary=True)),
 }
 """Name -> loss, in the order of the tables. "naive-mile" is what one writes without a fused loss:
 Megatron's cross-entropy, and the entropy by separate operations without a graph of its own."""

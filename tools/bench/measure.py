@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tools.bench.case import Inputs
 from tools.bench.provider import Loss
 
-PHASES = ("forward", "backward", "both")
+PHASES = ("forward", "backward", "both", "replayed")
+"""What is timed of a call; the last is both once more, from a CUDA graph."""
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -28,6 +29,8 @@ class Call:
         self, loss: Loss, inputs: Inputs, buffers: Sequence[torch.Tensor], group: Any
     ) -> None:
         self.loss, self.inputs, self.buffers, self.group = loss, inputs, buffers, group
+        self.graph: torch.cuda.CUDAGraph | None = None
+        """Forward and backward, if `capture` has recorded them."""
 
     def restore(self) -> None:
         """Give the buffers the leaves' values."""
@@ -41,6 +44,23 @@ class Call:
     def backward(self, loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the gradients of the leaves, in their shapes."""
         return torch.autograd.grad(loss, self.buffers, self.inputs.upstream.to(loss.dtype))
+
+    def capture(self) -> None:
+        """Record forward and backward in a CUDA graph, so that no launch waits for Python.
+
+        Raises:
+            RuntimeError: they wait for the device, or do something else that cannot be recorded.
+        """
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):  # what is made at the first call must not be recorded
+            self.restore()
+            self.backward(self.forward())
+        torch.cuda.synchronize()
+        self.restore()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.backward(self.forward())
+        self.graph = graph
 
 
 def make_buffers(inputs: Inputs) -> list[torch.Tensor]:
@@ -68,11 +88,11 @@ def count_collectives(call: Call) -> dict[str, int]:
         loss = call.forward()
         forward = mode.count
         call.backward(loss)
-    return {"forward": forward, "backward": mode.count - forward, "both": mode.count}
+    return dict(zip(PHASES, (forward, mode.count - forward, mode.count, mode.count), strict=True))
 
 
-def time_call(call: Call, barrier: Callable[[], Any]) -> tuple[float, float, float]:
-    """Return the ms of forward, backward and both, of one call that all ranks start together."""
+def time_call(call: Call, barrier: Callable[[], Any]) -> tuple[float, float, float, float]:
+    """Return the ms of each phase, of calls that all ranks start together; NaN without a graph."""
     call.restore()
     read = _cuda_clock if call.inputs.targets.is_cuda else time.perf_counter
     barrier()
@@ -83,7 +103,17 @@ def time_call(call: Call, barrier: Callable[[], Any]) -> tuple[float, float, flo
     end = read()
     del gradients
     forward, backward = _ms(start, middle), _ms(middle, end)
-    return forward, backward, forward + backward
+    return forward, backward, forward + backward, _time_replay(call, barrier)
+
+
+def _time_replay(call: Call, barrier: Callable[[], Any]) -> float:
+    if call.graph is None:
+        return float("nan")
+    call.restore()
+    barrier()
+    start = _cuda_clock()
+    call.graph.replay()
+    return _ms(start, _cuda_clock())
 
 
 def time_copy(source: torch.Tensor, out: torch.Tensor, barrier: Callable[[], Any]) -> float:

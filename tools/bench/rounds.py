@@ -43,7 +43,8 @@ def run_case(case: Case, names: Sequence[str], rounds: int) -> tuple[dict[str, A
 
     Returns:
         Name -> {"status"} and, as far as the provider got, "loss_error", "gradient_error",
-        "extra_mib", "collectives" (phase -> number) and "ms" (phase -> one number per round); and
+        "extra_mib", "collectives" (phase -> number) and "ms" (each phase that was timed -> one
+        number per round); and
         the ms of copying the logits, if they are given. Times and memory are those of the slowest
         and the largest rank.
     """
@@ -106,9 +107,8 @@ def _measure(
         times.append([measured[name] for name in order])
     slowest = _largest(times, inputs)
     for i, name in enumerate(order):
-        results[name]["ms"] = {
-            phase: [row[i][j] for row in slowest] for j, phase in enumerate(PHASES)
-        }
+        ms = {phase: [row[i][j] for row in slowest] for j, phase in enumerate(PHASES)}
+        results[name]["ms"] = {k: column for k, column in ms.items() if not np.isnan(column).any()}
     return results, _largest(copies, inputs) if copies else []
 
 
@@ -146,6 +146,11 @@ def _check(
     extra = extra_mib(call) - case.gradient_bytes / 2**20
     result["extra_mib"] = _largest(extra, inputs)
     gc.collect()
+    if case.device == "cuda":
+        try:
+            call.capture()
+        except RuntimeError as error:
+            result["status"] += f"; no graph: {str(error).splitlines()[0]}"
     return result, call
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from tools.bench.case import Case
-from tools.bench.measure import PHASES
 from tools.bench.provider import BASELINE, FLOOR
 from tools.bench.providers import providers
 
@@ -21,7 +20,7 @@ COLUMNS = (
     *("torch", "triton", "megatron_core", "commit", "date"),
 )
 # Traversals of the logits that each phase cannot do without.
-_TRAVERSALS = {"forward": 1, "backward": 2, "both": 3}
+_TRAVERSALS = {"forward": 1, "backward": 2, "both": 3, "replayed": 3}
 # Title, column and digits of what is printed of each workload.
 _RATIOS = (("ratio", "ratio_to_megatron", 2), ("of min", "ratio_of_minima", 2))
 _SPEED = (("GB/s", "gb_per_s", 1), ("copy", "copy_gb_per_s", 1))
@@ -50,7 +49,7 @@ def rows_of_case(
         if "ms" not in result:
             rows.append(row)
             continue
-        for phase in PHASES:
+        for phase in result["ms"]:
             figures = {"phase": phase, "collectives": result["collectives"][phase]}
             figures |= _times(name, phase, results)
             if copies:
@@ -61,7 +60,8 @@ def rows_of_case(
 
 def _times(name: str, phase: str, results: dict[str, Any]) -> dict[str, float]:
     """Return `FIGURES` of one phase and the ratio to the GEMMs, as far as there are others."""
-    ms = {other: result["ms"][phase] for other, result in results.items() if "ms" in result}
+    timed = {other: result.get("ms", {}) for other, result in results.items()}
+    ms = {other: times[phase] for other, times in timed.items() if phase in times}
     mine, baseline = ms[name], ms.get(BASELINE)
     values = [*np.percentile(mine, [20, 50, 80]), min(mine)]
     if baseline:

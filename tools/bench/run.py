@@ -11,6 +11,9 @@ ratios to Megatron's plain cross-entropy of the same round are what counts, not 
 With --hidden, "gemms" are the three products of the output layer alone, in which no loss hides: a
 floor for the time, not checked, since there is nothing to be right or wrong.
 
+Phases: forward, backward, both, and on a GPU both once more from a CUDA graph ("replayed"), where
+no launch waits for Python.
+
 Columns: p20, p50, p80 and min are of one call; ratio_to_megatron and ratio_to_gemms are medians of
 the rounds' ratios, ratio_of_minima is to Megatron; gb_per_s counts what must be moved (forward: the
 logits read once; backward: read once, written once) and copy_gb_per_s is a copy of the logits

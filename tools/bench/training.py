@@ -105,7 +105,7 @@ def run_training(command: Sequence[str], log: Path, follow: Callable[[str], obje
     except TimeoutError as error:
         raise ToolError(f"training {error}; its output is in {log}") from None
     finally:
-        _end(child)
+        end(child)
     if status:
         raise ToolError(f"training failed with status {status}; its output is in {log}")
 
@@ -129,7 +129,7 @@ def _lines(child: subprocess.Popen[bytes], sink: BinaryIO) -> Iterator[str]:
     raise TimeoutError(f"wrote nothing for {_SILENCE_S:g} s")
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def end(child: subprocess.Popen[bytes]) -> None:
     """End a child that still runs, and what belongs to its session."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if child.poll() is None:
