@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import re
 import sys
@@ -58,9 +59,15 @@ class Call:
         torch.cuda.synchronize()
         self.restore()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=_pool()):
             self.backward(self.forward())
         self.graph = graph
+
+
+@functools.cache
+def _pool() -> Any:
+    """The memory that all graphs share: no two run at a time, and nothing reads what they leave."""
+    return torch.cuda.graph_pool_handle()
 
 
 def make_buffers(inputs: Inputs) -> list[torch.Tensor]:
