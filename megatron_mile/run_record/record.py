@@ -147,7 +147,7 @@ def describe_start(args: Namespace) -> dict[str, Any]:
         "checkouts": {
             "script": git_state(sys.argv[0]),
             "megatron-core": git_state(megatron.core.__file__),
-            "megatron-mile": git_state(__file__) or noted_commit(),
+            "megatron-mile": git_state(__file__, "megatron_mile") or noted_commit(),
         },
         "data": args.mile_data,
     }
@@ -177,7 +177,8 @@ def git_state(file: str, *paths: str) -> dict[str, Any] | None:
 
     Args:
         file: of the checkout.
-        paths: what counts as a change, as patterns from its top; all files if none are given.
+        paths: what counts as a change, as patterns from its top, new Python files there too; all
+            files that are under version control if none are given.
 
     Returns:
         "commit" and "dirty"; None for a file that is not under version control (as what pip has
@@ -190,13 +191,12 @@ def git_state(file: str, *paths: str) -> dict[str, Any] | None:
         command = ("git", "--no-optional-locks", "-C", folder, *words)
         return subprocess.run(command, capture_output=True, check=True).stdout.strip()
 
+    where = [f":(top){path}" for path in paths]
     try:
         git("ls-files", "--error-unmatch", "--", f":(literal){name}")
-        return {
-            "commit": git("rev-parse", "HEAD").decode(),
-            "dirty": bool(
-                git("status", "--porcelain", "-uno", "--", *(f":(top){p}" for p in paths))
-            ),
-        }
+        changed = git("status", "--porcelain", "-uno", "--", *where)
+        new = git("ls-files", "--others", "--exclude-standard", "--", *where) if where else b""
+        is_new = any(line.endswith(b".py") for line in new.splitlines())
+        return {"commit": git("rev-parse", "HEAD").decode(), "dirty": bool(changed) or is_new}
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -135,7 +135,7 @@ print(add_arguments(argparse.ArgumentParser()).format_help())
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "linear w = 1 + slope H" in result.stdout
+    assert "linear w = 1 + slope H" in " ".join(result.stdout.split())
     assert "--mile-slope" in result.stdout
 
 

@@ -60,7 +60,8 @@ def test_resume_adds_a_start_and_refuses_other_data(runs: TrainingRuns, tmp_path
     assert shlex.split(start["command"])[0].endswith("pretrain_gpt.py")
     here = git_state(str(EXAMPLE))
     checkouts = start["checkouts"]
-    assert checkouts["script"] == checkouts["megatron-mile"] == here
+    assert checkouts["script"] == here
+    assert checkouts["megatron-mile"] == git_state(str(EXAMPLE), "megatron_mile")
     again = f"--load {half.checkpoint} --save {half.checkpoint}"
     vocabulary.write_text("two")
     other = runs.run(2, TP2, flags.replace("100,0,0", "99,1,0"), again)
@@ -310,3 +311,9 @@ def test_git_state_tells_a_changed_checkout(tmp_path: Path) -> None:
     assert git_state(file) == {**state, "dirty": True}
     (tmp_path / "other").write_text("of nobody's commit")
     assert git_state(str(tmp_path / "other")) is None
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "note.txt").write_text("no code")
+    assert git_state(file, "folder") == {**state, "dirty": False}
+    (folder / "new.py").write_text("# an objective, say")
+    assert git_state(file, "folder") == {**state, "dirty": True}
