@@ -111,6 +111,8 @@ def _earlier_starts(path: str) -> list[Any]:
         OSError: It cannot be read.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would wait for ever
+            raise ValueError("no regular file")
         with open(path, encoding="utf-8") as file:
             starts = json.load(file)["starts"]
         if isinstance(starts, list):
@@ -118,8 +120,6 @@ def _earlier_starts(path: str) -> list[Any]:
         problem = f"starts is {starts!r:.40}"
     except FileNotFoundError:
         return []
-    except IsADirectoryError:
-        problem = "a folder"
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         problem = repr(error)
     raise MileError(f"{path}: not a run's record ({problem}); move it away")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,21 @@ def test_a_record_of_another_shape_ends_in_one_line(tmp_path: Path, content: str
         write_record(argparse.Namespace(save=str(tmp_path)))
     assert os.listdir(tmp_path) == ["run_record.json"]
     assert content is None or path.read_text() == content
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_record_that_is_a_pipe_does_not_hang_the_start(tmp_path: Path, link: bool) -> None:
+    """To open it would wait for a writer; the alarm would end the test."""
+    path = tmp_path / "run_record.json"
+    os.mkfifo(tmp_path / "pipe" if link else path)
+    if link:
+        path.symlink_to("pipe")
+    signal.alarm(20)
+    try:
+        with pytest.raises(MileError, match=rf"^{path}: not a run's record \(.*no regular file"):
+            write_record(argparse.Namespace(save=str(tmp_path)))
+    finally:
+        signal.alarm(0)
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])

@@ -40,7 +40,8 @@ BENT = (
     *("params_dtype", "untie_embeddings_and_output_weights", "num_query_groups", "swiglu"),
     *("group_query_attention", "add_bias_linear", "num_experts", "mtp_num_layers"),
     *("layernorm_epsilon", "rotary_base", "rotary_percent", "hybrid_layer_pattern"),
-    *("qk_layernorm", "tokenizer_type", "common.iteration", "common.args"),
+    *("qk_layernorm", "common.iteration", "common.args", "attention_dropout", "use_mup"),
+    *("tokenizer_type", "tokenizer_model", "special_tokens", "make_vocab_size_divisible_by"),
 )
 
 
@@ -83,7 +84,7 @@ def cases(command: Command) -> st.SearchStrategy[Case]:
         kinds.append(_case("json gone", st.sampled_from(texts), _PLACES))
     if indices := [name for name in command.inputs if name.endswith(".idx")]:
         kinds.append(_case("header", st.sampled_from(indices), value=_HEADER_FIELDS))
-    if "--load" in command.flags:
+    if "model" in command.flags:
         kinds += 3 * [_case("bend", st.sampled_from(BENT), value=values)]
         kinds.append(_case("bend gone", st.sampled_from(BENT)))
     return st.one_of(kinds)

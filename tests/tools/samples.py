@@ -124,6 +124,22 @@ COMMANDS = {
         ),
         ("--micro-batch-size", "--ckpt-step", "--shots"),
     ),
+    "convert to hf": Command(
+        "convert_checkpoint",
+        ("--to", "hf", "--load", "model", "--tokenizer-model", "tok"),
+        ("--output", "new"),
+        (*_CHECKPOINT, "model/latest_checkpointed_iteration.txt", *_TOKENIZER),
+        ("--vocab-size", "--ckpt-step"),
+        ("/config.json", "/model.safetensors", "/megatron_padding.safetensors", "/tokenizer.json"),
+    ),
+    "convert to megatron": Command(
+        "convert_checkpoint",
+        ("--to", "megatron", "--load", "llama"),
+        ("--output", "new"),
+        ("llama/config.json", "llama/model.safetensors"),
+        (),
+        tuple(f"/release/{name}" for name in (".metadata", "metadata.json", "__0_0.distcp")),
+    ),
     "compare": Command(
         "evaluate",
         ("--compare", "runs/ce/evaluation.json", "runs/mile/evaluation.json"),
@@ -154,10 +170,9 @@ def make(folder: Path, texts: list[str], forker: ToolForker) -> Path:
     """
     folder.mkdir()
     _write_texts(folder, [text[:400] for text in texts if text.isascii()][:LINES])
-    _write_model(folder / "hf")
-    convert = ("--to", "megatron", "--load", "hf", "--output", "model")
+    _write_model(folder / "llama")
+    convert = ("--to", "megatron", "--load", "llama", "--output", "model")
     assert forker.run("convert_checkpoint", convert, folder).code == 0
-    shutil.rmtree(folder / "hf")
     tokenizer = ("--input", "in.jsonl", "--vocab-size", VOCABULARY, "--output", "tok")
     assert forker.run("train_tokenizer", tokenizer, folder).code == 0
     flags = ("--input", "in.jsonl", "--output-prefix", "d", "--append-eod", *HF)

@@ -196,6 +196,20 @@ def test_output_file_names_what_is_wrong_and_leaves_nothing(tmp_path: Path) -> N
     assert samples.state_of(tmp_path / "folder") == before == {}
 
 
+def test_a_conversion_makes_the_folders_above_its_output(folder: Path, forker: ToolForker) -> None:
+    command = samples.COMMANDS["convert to hf"]
+    flags = [*command.flags, "--output", "models/small/mile"]
+    before = samples.state_of(folder)
+    done = forker.run(command.tool, [*flags, "--vocab-size", "1"], folder)  # found out late
+    assert "a vocabulary of 1 does not fit" in done.err
+    assert samples.state_of(folder) == before
+    assert forker.run(command.tool, flags, folder).code == 0
+    assert (folder / "models" / "small" / "mile" / "config.json").is_file()
+    assert os.listdir(folder / "models" / "small") == ["mile"]
+    in_file = [*command.flags, "--output", "in.jsonl/mile"]
+    assert "in.jsonl is no folder" in forker.run(command.tool, in_file, folder).err
+
+
 def test_output_place_looks_at_the_folder_that_is_there(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     output_place("--output", tmp_path / "a" / "b" / "c")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from megatron_mile.errors import MileError
 from megatron_mile.integration.hf_folder import INDEX, WHOLE, weight_files
 from tools.common.cli import ToolError
-from tools.common.files import read_json
+from tools.common.files import json_text, read_json
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # The rows by which Megatron pads a vocabulary; transformers does not look at it.
@@ -154,7 +153,7 @@ def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write one JSON file."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json_text(content), encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -33,12 +33,12 @@ from tools.checkpoint.llama import (
     progress,
     weights,
 )
-from tools.checkpoint.llama_config import choose_dtype, from_megatron, is_hybrid, whole
+from tools.checkpoint.llama_config import choose_dtype, from_megatron, is_hybrid
 from tools.checkpoint.megatron_model import checkpoint_folder
 from tools.checkpoint.run_tokenizer import HUGGING_FACE_TYPE, build_from, own_source
 from tools.checkpoint.torch_dist import Checkpoint
 from tools.common.cli import ToolError
-from tools.common.files import new_folder
+from tools.common.outputs import new_folder
 from tools.data.sentencepiece_model import write_for_transformers
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -119,10 +119,8 @@ def _check_tokens(known: int, rows: int, source: Path | None, trained: argparse.
                 f"{source}: {known} tokens, but the model was trained with {tokens}; {remedy}"
             )
         return
-    multiple = math.prod(
-        whole(f"in the training arguments, {name}", getattr(trained, name, 1))
-        for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
-    )
+    sizes = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
+    multiple = math.prod(getattr(trained, name, 1) for name in sizes)
     if rows - known >= multiple:
         raise ToolError(
             f"{source}: {known} tokens, but the model has {rows} rows, and padding to a multiple of"
@@ -136,7 +134,7 @@ def _trained_tokens(rows: int, source: Path | None, trained: argparse.Namespace)
     if own and own != source:
         with contextlib.suppress(ToolError):
             tokens = build_from(own, trained).vocab_size
-    return tokens if isinstance(tokens, int) and tokens <= rows else 0
+    return tokens if tokens and tokens <= rows else 0
 
 
 def _vocabulary(asked: int | None, tokenizer: Any, rows: int) -> int:

@@ -33,7 +33,7 @@ from tools.checkpoint.llama_config import args_of, choose_dtype
 from tools.checkpoint.run_tokenizer import build_from, type_of
 from tools.checkpoint.torch_dist import COMMON, write_checkpoint
 from tools.common.cli import ToolError
-from tools.common.files import new_folder
+from tools.common.outputs import new_folder
 
 PADDED_TO = 128  # as by default in Megatron
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 
 from tools.common.cli import ToolError
-from tools.common.files import partial_path
+from tools.common.files import whole_file
 from tools.common.outputs import output_file
 
 matplotlib.use("Agg")
@@ -42,12 +42,10 @@ def save(figure: Figure, output: Path, dpi: int = 150) -> None:
     Raises:
         ToolError: matplotlib takes a name in it for a formula that it cannot set, such as `$_$`.
     """
-    partial = partial_path(output)
     try:
-        figure.savefig(partial, dpi=dpi, format=output.suffix[1:])
-        partial.replace(output)
+        with whole_file(output) as partial:
+            figure.savefig(partial, dpi=dpi, format=output.suffix[1:])
     except ValueError as error:
         raise ToolError(f"{output}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
         plt.close(figure)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tools.common.cli import ToolError
-from tools.common.files import read_json, write_whole
+from tools.common.files import json_text, read_json, write_whole
 from tools.common.outputs import keep_inputs, output_file, output_place
 from tools.data.documents import START, Position
 from tools.data.encoder import Batch, Stream
@@ -170,7 +170,7 @@ class WorkFolder:
                 f"{self._prefix}_{name}",
                 self._dtype,
                 sizes,
-                json.dumps(info, indent=2) + "\n",
+                json_text(info),
             )
         self._progress.unlink()
         return {f"{self._prefix}_{name}": sizes for name, sizes in self._sizes.items()}
