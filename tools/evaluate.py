@@ -38,7 +38,6 @@ if __name__ == "__main__":  # of this checkout; and no command hides a package o
 
 from tools.common.cli import ToolError, UsageError, new_parser, run_tool
 from tools.common.files import json_text, write_whole
-from tools.common.megatron import silence_megatron
 from tools.common.outputs import output_file
 from tools.data.frequency_buckets import BUCKETS
 from tools.data.pair_reader import files_of
@@ -244,7 +243,6 @@ def evaluate(args: argparse.Namespace) -> None:
         ToolError: an input cannot be used, or the output not be written.
     """
     check_flags(args)
-    silence_megatron()
     if args.compare:
         compare(args)
         return

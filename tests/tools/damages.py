@@ -129,7 +129,7 @@ def _make_output(name: str, command: Command, folder: Path) -> str:
         return name.format(command.output[1])
     # A file that the command would write, under another name.
     path = folder / f"other{command.suffixes[0]}{Path(command.output[1]).suffix}"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if kind:
         path.hardlink_to(folder / given)
     else:

@@ -138,7 +138,7 @@ COMMANDS = {
         ("--output", "new"),
         ("llama/config.json", "llama/model.safetensors"),
         (),
-        tuple(f"/release/{name}" for name in (".metadata", "metadata.json", "__0_0.distcp")),
+        ("/release/__0_0.distcp", "/release/metadata.json"),
     ),
     "compare": Command(
         "evaluate",

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from tools.checkpoint.torch_dist import EXTRA_STATE
 from tools.common.cli import ToolError
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -29,6 +28,7 @@ _WITH_OBJECT = (
     *("mlp.linear_fc1", "mlp.linear_fc2"),
 )
 _MOST_NAMES = 5
+_OBJECT = "._extra_state/"  # behind the module's name
 _STACKED = r"decoder\.layers\.[a-z]"
 
 
@@ -105,9 +105,9 @@ class Weight(NamedTuple):
         return (len(self.prefixes), *self.packing.size) if self.stacked else self.packing.size
 
     def parts(self) -> dict[str, tuple[int, ...]]:
-        """Size by name of Hugging Face's tensors."""
-        named = zip(self.packing.names, self.packing.sizes, strict=True)
-        return {before + name: size for name, size in named for before in self.prefixes}
+        """Size by name of Hugging Face's tensors, in the order of `split`."""
+        named = [*zip(self.packing.names, self.packing.sizes, strict=True)]
+        return {before + name: size for before in self.prefixes for name, size in named}
 
     def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """Take Megatron's tensor apart into Hugging Face's."""
@@ -188,14 +188,14 @@ def form_of(keys: Collection[str], hybrid: bool) -> Form:
 
 def extra_states(model: Llama, form: Form) -> list[str]:
     """Name the objects that Megatron expects beside the weights, with Transformer Engine or not."""
-    names = [f"decoder.final_{'norm' if form.hybrid else 'layernorm'}{EXTRA_STATE}shard_0_1"]
-    names += [f"output_layer{EXTRA_STATE}shard_0_1"] if form.hybrid and not model.tied else []
+    names = [f"decoder.final_{'norm' if form.hybrid else 'layernorm'}{_OBJECT}shard_0_1"]
+    names += [f"output_layer{_OBJECT}shard_0_1"] if form.hybrid and not model.tied else []
     for path in _WITH_OBJECT:
         for layer in range(model.layers):
             if form.stacked:
-                place = f"decoder.layers.{path}{EXTRA_STATE}shard_{layer}_{model.layers}"
+                place = f"decoder.layers.{path}{_OBJECT}shard_{layer}_{model.layers}"
             else:
-                place = f"decoder.layers.{_index(path, layer, form)}.{path}{EXTRA_STATE}shard_0_1"
+                place = f"decoder.layers.{_index(path, layer, form)}.{path}{_OBJECT}shard_0_1"
             names.append(place)
     return names
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tools.checkpoint.llama import EMBEDDING
 from tools.checkpoint.values import (
     DROPOUT,
     EPSILON,
@@ -31,7 +32,6 @@ from tools.checkpoint.values import (
 )
 from tools.common.cli import ToolError
 
-_EMBEDDING = "embedding.word_embeddings.weight"
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,11 +109,11 @@ def _check_sizes(
     folder: Path, args: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Compare sizes with each other and with the tensors, before memory is taken for them."""
-    if _EMBEDDING not in weights:
-        raise ToolError(f"{folder}: holds no {_EMBEDDING}; expected a GPT or hybrid model")
-    for name, size in zip(("padded_vocab_size", "hidden_size"), weights[_EMBEDDING], strict=False):
+    if EMBEDDING not in weights:
+        raise ToolError(f"{folder}: holds no {EMBEDDING}; expected a GPT or hybrid model")
+    for name, size in zip(("padded_vocab_size", "hidden_size"), weights[EMBEDDING], strict=False):
         if args[name] != size:
-            raise _refusal(folder, f"stored {name} is {args[name]}", f"{size} as in {_EMBEDDING}")
+            raise _refusal(folder, f"stored {name} is {args[name]}", f"{size} as in {EMBEDDING}")
     elements = max(map(math.prod, weights.values())), "the elements of its largest tensor"
     limits = {
         "seq_length": (args["max_position_embeddings"], "max_position_embeddings"),

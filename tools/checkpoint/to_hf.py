@@ -154,7 +154,9 @@ def _write_weights(
     folder: Path, checkpoint: Checkpoint, found: Sequence[Weight], vocab: int, dtype: torch.dtype
 ) -> None:
     """Write the weights and, apart from them, the rows that pad the vocabulary."""
-    writer, padding = Writer(folder), {}
+    sizes = {name: size for weight in found for name, size in weight.parts().items()}
+    cut = {TABLES[key]: (vocab, *sizes[TABLES[key]][1:]) for key in TABLES if TABLES[key] in sizes}
+    writer, padding = Writer(folder, {**sizes, **cut}, dtype), {}
     with progress(found) as bar:
         for weight in found:
             tensor = checkpoint.tensor(weight.key)

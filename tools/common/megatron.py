@@ -11,7 +11,10 @@ from tools.common.cli import ToolError
 
 
 def megatron_module(name: str) -> ModuleType:
-    """Import a module of megatron.core without its notices about missing GPU packages.
+    """Import a module of megatron.core.
+
+    Its notices about missing GPU packages, and all warnings, stay out of the tool's output from
+    then on.
 
     Args:
         name: full module name.
@@ -22,12 +25,11 @@ def megatron_module(name: str) -> ModuleType:
     Raises:
         ToolError: megatron-core is not installed.
     """
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "Could not determine rank")
+    warnings.simplefilter("ignore")
+    for logger in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return import_module(name)
+        return import_module(name)
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] in ("megatron", "torch"):
             raise ToolError(
@@ -35,10 +37,3 @@ def megatron_module(name: str) -> ModuleType:
                 " pip install '.[train]' in a clone of megatron_mile"
             ) from error
         raise
-
-
-def silence_megatron() -> None:
-    """Keep Megatron's notices about missing GPU packages out of a tool's output, to its end."""
-    warnings.simplefilter("ignore")
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
