@@ -2,7 +2,7 @@
 
 Megatron's torch_dist checkpoints hold every tensor whole, so one process can read what any number
 of tensor- and pipeline-parallel ranks wrote. What Megatron unpickles without a limit is read by the
-rules of `_torch_dist` first.
+rules of `Checkpoint` first.
 """
 
 from __future__ import annotations

@@ -65,8 +65,6 @@ OPTIONAL = {
     "tokenizer_hf_no_include_special_tokens": or_none(SWITCH),
     **dict.fromkeys(("make_vocab_size_divisible_by", "tensor_model_parallel_size"), SIZE),
 }
-# Name now, name before.
-RENAMED = {"layernorm_epsilon": "norm_epsilon"}
 
 
 def check_common(
@@ -88,9 +86,8 @@ def check_common(
     if not isinstance(common, dict) or not isinstance(common.get("args"), argparse.Namespace):
         raise ToolError(f"{folder}: holds no training arguments; expected a megatron.training run")
     args: dict[str, Any] = common["args"].__dict__
-    for name, before in RENAMED.items():
-        if name not in args and before in args:
-            args[name] = args.pop(before)
+    if "norm_epsilon" in args:  # its name before
+        args.setdefault("layernorm_epsilon", args.pop("norm_epsilon"))
     for name, kind in REQUIRED.items():
         if name not in args:
             raise _refusal(folder, f"its stored arguments lack {name}", kind.text)
