@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from llama_models import convert, with_args
 from safetensors.torch import load_file, save_file
+from support.llama_models import convert, with_args
 
 from tools.checkpoint import hf_folder, llama, to_hf, to_megatron
 from tools.checkpoint.hf_config import from_hugging_face

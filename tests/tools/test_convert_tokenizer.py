@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from llama_models import convert, save_llama, train_sentencepiece, with_args
+from support.llama_models import convert, save_llama, train_sentencepiece, with_args
 from tokenizers.normalizers import Strip
 from transformers import AutoTokenizer, LlamaForCausalLM
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import samples
-from tool_forker import CUT_OFF, NAMES, TOOLS, ToolForker
+from support import samples
+from support.tool_forker import CUT_OFF, NAMES, TOOLS, ToolForker
 
 BROKEN_PIPE = 141
 

@@ -15,14 +15,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import damages
 import numpy as np
 import pytest
-import samples
-from damages import Case
 from hypothesis import HealthCheck, given, settings
-from samples import COMMANDS, Command
-from tool_forker import Finished, ToolForker
+from support import damages, samples
+from support.damages import Case
+from support.samples import COMMANDS, Command
+from support.tool_forker import Finished, ToolForker
 
 CASES = max(1, settings.default.max_examples * 8 // 100)
 _SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-import samples
-from tool_forker import ToolForker
+from support import samples
+from support.tool_forker import ToolForker
 
 from tools.common.cli import ToolError
 from tools.common.outputs import keep_inputs, output_file, output_place

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import samples
 import torch
-from tool_forker import ToolForker
+from support import samples
+from support.tool_forker import ToolForker
 
 from tools.checkpoint.run_tokenizer import build_from
 from tools.checkpoint.stored_args import OPTIONAL, REQUIRED, check_common

@@ -11,9 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import samples
 from hypothesis import strategies as st
-from samples import Command
+
+from support import samples
+from support.samples import Command
 
 WHOLE = (
     *(b"", b"null", b"[]", b"{}", b"3", b'"a"', b"\xff\xfe\x00", b"\n\n", b"0" * 5000),

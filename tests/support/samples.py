@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import zstandard
 from safetensors.torch import save_file
-from tool_forker import ToolForker
 
+from support.tool_forker import ToolForker
 from tools.checkpoint.hf_config import from_hugging_face
 from tools.checkpoint.llama import Form, weights
 from tools.checkpoint.torch_dist import COMMON, Checkpoint, write_checkpoint
