@@ -84,22 +84,20 @@ def from_hugging_face(config: Mapping[str, Any]) -> Settings:
             unknown; the key is named.
     """
     _check_keys(config)
-    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    hidden, heads = _value(config, "hidden_size", SIZE), _value(config, "num_attention_heads", SIZE)
     model = Llama(
-        layers=_size(config, "num_hidden_layers"),
+        layers=_value(config, "num_hidden_layers", SIZE),
         hidden=hidden,
-        ffn=_size(config, "intermediate_size"),
+        ffn=_value(config, "intermediate_size", SIZE),
         heads=heads,
-        groups=_size_or(config, "num_key_value_heads", heads),
-        head_dim=_size_or(config, "head_dim", hidden // heads),
-        vocab=_size(config, "vocab_size"),
+        groups=_value_or(config, "num_key_value_heads", SIZE, heads),
+        head_dim=_value_or(config, "head_dim", SIZE, hidden // heads),
+        vocab=_value(config, "vocab_size", SIZE),
         tied=config.get("tie_word_embeddings", False),
     )
     length = _value(config, "max_position_embeddings", SIZE, _DEFAULT_LENGTH)
     epsilon = _value(config, "rms_norm_eps", EPSILON, _DEFAULT_EPSILON)
-    dropout = 0.0
-    if config.get("attention_dropout") is not None:
-        dropout = float(_value(config, "attention_dropout", DROPOUT))
+    dropout = float(_value_or(config, "attention_dropout", DROPOUT, 0.0))
     return checked(Settings(model, length, _rope_base(config), epsilon, dropout))
 
 
@@ -138,13 +136,9 @@ def _value(config: Mapping[str, Any], name: str, kind: Kind, default: Any = None
     return value
 
 
-def _size(config: Mapping[str, Any], name: str) -> int:
-    return int(_value(config, name, SIZE))
-
-
-def _size_or(config: Mapping[str, Any], name: str, default: int) -> int:
-    """Read a size that may be null; its default need not be one, and is refused with others."""
-    return default if config.get(name) is None else _size(config, name)
+def _value_or(config: Mapping[str, Any], name: str, kind: Kind, default: float) -> Any:
+    """Read a number that may be null; its default need not fit, and is refused with others."""
+    return default if config.get(name) is None else _value(config, name, kind)
 
 
 def _rope_base(config: Mapping[str, Any]) -> float:

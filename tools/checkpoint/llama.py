@@ -29,7 +29,6 @@ _WITH_OBJECT = (
 )
 _MOST_NAMES = 5
 _OBJECT = "._extra_state/"  # behind the module's name
-_STACKED = r"decoder\.layers\.[a-z]"
 
 
 class Llama(NamedTuple):
@@ -205,20 +204,17 @@ def check_layers(where: object, found: Mapping[str, tuple[int, ...]], model: Lla
 
     Args:
         where: the file or folder.
-        found: size by name, Megatron's or Hugging Face's; one of Megatron's may be for all layers.
+        found: size by Hugging Face's name.
         model: with the number of layers to check.
 
     Raises:
         ToolError: tensors are missing.
     """
-    names = (re.match(r"\w+\.layers\.(\d+)\.", name) for name in found)
+    names = (re.match(r"model\.layers\.(\d+)\.", name) for name in found)
     numbered = len({match[1] for match in names if match})
-    # Megatron's own, of all layers: decoder.layers.mlp...
-    stacked = (size[0] for name, size in found.items() if re.match(_STACKED, name) and size)
-    most = max(numbered, *stacked, 0)
-    if model.layers > most:
+    if model.layers > numbered:
         raise ToolError(
-            f"{where}: missing tensors: of {model.layers} layers, at most {most} have weights"
+            f"{where}: missing tensors: of {model.layers} layers, at most {numbered} have weights"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -112,7 +111,7 @@ def from_megatron(args: argparse.Namespace) -> Settings:
             )
     grouped = args.group_query_attention
     model = Llama(
-        layers=_pairs(args.hybrid_layer_pattern) if is_hybrid(args) else args.num_layers,
+        layers=_pairs(args) if is_hybrid(args) else args.num_layers,
         hidden=args.hidden_size,
         ffn=args.ffn_hidden_size,
         heads=args.num_attention_heads,
@@ -130,13 +129,14 @@ def is_hybrid(args: argparse.Namespace) -> bool:
     return bool(getattr(args, "hybrid_layer_pattern", None))
 
 
-def _pairs(pattern: str) -> int:
+def _pairs(args: argparse.Namespace) -> int:
     """Count the LLaMA layers of a hybrid pattern; "|" stands between pipeline stages."""
-    if not re.fullmatch(r"(\*-)+", layers := pattern.replace("|", "")):
+    pattern = args.hybrid_layer_pattern
+    if pattern.replace("|", "") != "*-" * (args.num_layers // 2):
         raise ToolError(
             f'the model is not LLaMA\'s: its layers are {shown(pattern)}; expected "*-*-..."'
         )
-    return len(layers) // 2
+    return int(args.num_layers // 2)
 
 
 def args_of(settings: Settings, form: Form, rows: int, dtype: torch.dtype) -> argparse.Namespace:

@@ -57,7 +57,6 @@ class LoadedModel(NamedTuple):
     args: argparse.Namespace
     """Megatron's arguments of the training run."""
     iteration: int
-    folder: Path
     device: torch.device
 
 
@@ -133,7 +132,7 @@ def load_model(folder: Path, device: torch.device) -> LoadedModel:
         raise ToolError(
             f"{folder}: the weights do not fit the model ({cause_of(error)})"
         ) from error
-    return LoadedModel(model.to(device).eval(), args, int(common["iteration"]), folder, device)
+    return LoadedModel(model.to(device).eval(), args, int(common["iteration"]), device)
 
 
 def _check_all_used(checkpoint: Checkpoint, model: Any) -> None:

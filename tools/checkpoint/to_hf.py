@@ -27,7 +27,6 @@ from tools.checkpoint.llama import (
     EMBEDDING,
     TABLES,
     Weight,
-    check_layers,
     check_names,
     form_of,
     progress,
@@ -60,7 +59,6 @@ def to_hf(args: argparse.Namespace) -> str:
     trained, sizes = checkpoint.common()["args"], checkpoint.weights
     settings = from_megatron(trained)
     model = settings.model
-    check_layers(checkpoint.folder, sizes, model)
     found = weights(model, form_of(sizes, is_hybrid(trained)))
     check_names(checkpoint.folder, sizes, {weight.key: weight.size for weight in found})
     dtype = choose_dtype(args.dtype, {checkpoint.tensors[key].properties.dtype for key in sizes})
