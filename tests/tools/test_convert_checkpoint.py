@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.llama_models import convert, with_args
 
-from tools.checkpoint import hf_folder, llama, to_hf, to_megatron
+from tools.checkpoint import hf_folder, llama, to_megatron
 from tools.checkpoint.hf_config import from_hugging_face
 from tools.checkpoint.llama_config import DTYPES, args_of, from_megatron
 from tools.checkpoint.megatron_model import checkpoint_folder
@@ -139,6 +139,7 @@ def test_unknown_missing_and_misshapen_tensors_are_named(
         ({"num_experts": 4}, "num_experts"),
         ({"use_mup": torch.ones(2)}, r"use_mup is tensor\(\[1., 1.\]\); expected False"),
         ({"hybrid_layer_pattern": "M*-*-"}, "its layers are 'M\\*-\\*-'"),
+        ({"hybrid_layer_pattern": "*-|*-*-"}, 'expected "\\*-\\*-...", 2 in all'),
         ({"kv_channels": 3}, "heads of 3 are odd"),
         ({"hidden_size": 9}, "a hidden size of 9 is no multiple of 4 attention heads"),
     ],
@@ -211,7 +212,7 @@ def die(*args: object) -> None:
 
 def convert_and_die(to: str, load: Path, output: Path) -> None:
     """Die when all weights are written, in a process of its own."""
-    to_hf.write_json = die
+    hf_folder.write_json = die
     to_megatron.TRACKER = type("Tracker", (), {"__rtruediv__": die})()
     convert(to, load, output)
 

@@ -131,12 +131,14 @@ def is_hybrid(args: argparse.Namespace) -> bool:
 
 def _pairs(args: argparse.Namespace) -> int:
     """Count the LLaMA layers of a hybrid pattern; "|" stands between pipeline stages."""
-    pattern = args.hybrid_layer_pattern
-    if pattern.replace("|", "") != "*-" * (args.num_layers // 2):
+    layers = args.hybrid_layer_pattern.replace("|", "")
+    pairs = len(layers) // 2
+    if layers != "*-" * pairs or 2 * pairs != args.num_layers:
         raise ToolError(
-            f'the model is not LLaMA\'s: its layers are {shown(pattern)}; expected "*-*-..."'
+            f"the model is not LLaMA's: its layers are {shown(args.hybrid_layer_pattern)}; "
+            f'expected "*-*-...", {args.num_layers} in all'
         )
-    return int(args.num_layers // 2)
+    return pairs
 
 
 def args_of(settings: Settings, form: Form, rows: int, dtype: torch.dtype) -> argparse.Namespace:
