@@ -28,7 +28,7 @@ from megatron_mile.integration.checkpoint_folder import (
 from megatron_mile.integration.torch_dist import cause_of
 from tools.checkpoint.torch_dist import Checkpoint
 from tools.common.cli import ToolError
-from tools.common.megatron import megatron_module
+from tools.common.megatron import megatron_module, silence_megatron
 
 # One process, plain PyTorch layers: settings of the training run that do not hold here.
 _SINGLE_PROCESS = {
@@ -95,6 +95,7 @@ def choose_device(cpu: bool) -> torch.device:
     from megatron_mile.cpu_mode import enable
     from megatron_mile.cpu_mode.hybrid_layers import use_local_layers
 
+    silence_megatron()
     enable()
     use_local_layers()
     return torch.device("cpu")

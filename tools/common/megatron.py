@@ -11,10 +11,7 @@ from tools.common.cli import ToolError
 
 
 def megatron_module(name: str) -> ModuleType:
-    """Import a module of megatron.core.
-
-    Its notices about missing GPU packages, and all warnings, stay out of the tool's output from
-    then on.
+    """Import a module of megatron.core without its notices.
 
     Args:
         name: full module name.
@@ -25,9 +22,7 @@ def megatron_module(name: str) -> ModuleType:
     Raises:
         ToolError: megatron-core is not installed.
     """
-    warnings.simplefilter("ignore")
-    for logger in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
+    silence_megatron()
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -37,3 +32,10 @@ def megatron_module(name: str) -> ModuleType:
                 " pip install '.[train]' in a clone of megatron_mile"
             ) from error
         raise
+
+
+def silence_megatron() -> None:
+    """Keep Megatron's notices about missing GPU packages out of a tool's output, to its end."""
+    warnings.simplefilter("ignore")
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)

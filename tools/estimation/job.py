@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from tools.common.cli import ToolError
-from tools.common.megatron import megatron_module
+from tools.common.megatron import megatron_module, silence_megatron
 
 _SIZES = Path(__file__).resolve().parents[2] / "examples" / "sizes"
 SIZES = tuple(sorted(path.stem for path in _SIZES.glob("*.sh")))
@@ -88,6 +88,7 @@ def parse(flags: Sequence[str], ranks: int) -> argparse.Namespace:
     from megatron_mile import cpu_mode
     from megatron_mile.integration import arguments
 
+    silence_megatron()
     cpu_mode.enable()
     megatron = megatron_module("megatron.training.arguments")
     pad = megatron_module("megatron.training.vocab_utils").calculate_padded_vocab_size
