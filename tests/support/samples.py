@@ -136,7 +136,7 @@ COMMANDS = {
         "convert_checkpoint",
         ("--to", "megatron", "--load", "llama"),
         ("--output", "new"),
-        ("llama/config.json", "llama/model.safetensors"),
+        ("llama/config.json", "llama/model.safetensors", "llama/tokenizer.json"),
         (),
         ("/release/__0_0.distcp", "/release/metadata.json"),
     ),
@@ -170,11 +170,12 @@ def make(folder: Path, texts: list[str], forker: ToolForker) -> Path:
     """
     folder.mkdir()
     _write_texts(folder, [text[:400] for text in texts if text.isascii()][:LINES])
+    tokenizer = ("--input", "in.jsonl", "--vocab-size", VOCABULARY, "--output", "tok")
+    assert forker.run("train_tokenizer", tokenizer, folder).code == 0
+    shutil.copytree(folder / "tok", folder / "llama")
     _write_model(folder / "llama")
     convert = ("--to", "megatron", "--load", "llama", "--output", "model")
     assert forker.run("convert_checkpoint", convert, folder).code == 0
-    tokenizer = ("--input", "in.jsonl", "--vocab-size", VOCABULARY, "--output", "tok")
-    assert forker.run("train_tokenizer", tokenizer, folder).code == 0
     flags = ("--input", "in.jsonl", "--output-prefix", "d", "--append-eod", *HF)
     assert forker.run("preprocess_data", flags, folder).code == 0
     pile = ("--input", "pile.jsonl", "--output-prefix", "pile/p", "--split-domains", *HF)
@@ -207,7 +208,6 @@ def _write_texts(folder: Path, texts: list[str]) -> None:
 
 def _write_model(folder: Path) -> None:
     """Write an untrained LLaMA model, far from uniform, as a Hugging Face folder."""
-    folder.mkdir()
     (folder / "config.json").write_text(json.dumps(MODEL_CONFIG))
     model = from_hugging_face(MODEL_CONFIG).model
     torch.manual_seed(1)

@@ -108,11 +108,12 @@ def _check_tokens(known: int, rows: int, source: Path | None, trained: argparse.
 
 def _trained_tokens(rows: int, source: Path | None, trained: argparse.Namespace) -> int:
     """The number of tokens of the training, if that is still known; else 0."""
-    own, tokens = own_source(trained), getattr(trained, "vocab_size", None)
-    if own and own != source:
+    own, tokens = own_source(trained), trained.vocab_size or 0
+    if own:
         with contextlib.suppress(ToolError):
-            tokens = build_from(own, trained).vocab_size
-    return tokens if tokens and tokens <= rows else 0
+            counted = build_from(own, trained).vocab_size  # with --tokenizer-special-tokens
+            tokens = max(tokens, counted) if own == source else counted
+    return tokens if tokens <= rows else 0
 
 
 def _vocabulary(asked: int | None, tokenizer: Any, rows: int) -> int:
