@@ -81,6 +81,19 @@ def test_resume_adds_a_start_and_refuses_other_data(runs: TrainingRuns, tmp_path
 
 
 @pytest.mark.slow
+def test_a_job_whose_record_is_a_pipe_stops_at_its_start(
+    runs: TrainingRuns, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "run_record.json")
+    job = runs.run(1, TP1, MILE, f"--save {tmp_path}")
+    (error,) = mile_errors(job.logs[0])
+    assert (
+        f"{tmp_path}/run_record.json: not a run's record (ValueError('no regular file'))" in error
+    )
+    assert (job.code != 0, os.listdir(tmp_path)) == (True, ["run_record.json"])
+
+
+@pytest.mark.slow
 def test_record_takes_what_a_script_reads_in_its_own_way(
     runs: TrainingRuns, tmp_path: Path
 ) -> None:
