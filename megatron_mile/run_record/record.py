@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shlex
+import stat
 import subprocess
 import sys
 import time
@@ -110,14 +111,14 @@ def _earlier_starts(path: str) -> list[Any]:
         MileError: It is no record.
         OSError: It cannot be read.
     """
+    problem = "no regular file"
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would wait for ever
-            raise ValueError("no regular file")
-        with open(path, encoding="utf-8") as file:
-            starts = json.load(file)["starts"]
-        if isinstance(starts, list):
-            return starts
-        problem = f"starts is {starts!r:.40}"
+        if stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its other end
+            with open(path, encoding="utf-8") as file:
+                starts = json.load(file)["starts"]
+            if isinstance(starts, list):
+                return starts
+            problem = f"starts is {starts!r:.40}"
     except FileNotFoundError:
         return []
     except (ValueError, LookupError, TypeError, RecursionError) as error:

@@ -87,9 +87,7 @@ def test_a_job_whose_record_is_a_pipe_stops_at_its_start(
     os.mkfifo(tmp_path / "run_record.json")
     job = runs.run(1, TP1, MILE, f"--save {tmp_path}")
     (error,) = mile_errors(job.logs[0])
-    assert (
-        f"{tmp_path}/run_record.json: not a run's record (ValueError('no regular file'))" in error
-    )
+    assert f"{tmp_path}/run_record.json: not a run's record (no regular file)" in error
     assert (job.code != 0, os.listdir(tmp_path)) == (True, ["run_record.json"])
 
 
@@ -148,7 +146,7 @@ def test_a_record_that_is_a_pipe_does_not_hang_the_start(tmp_path: Path, link: b
         path.symlink_to("pipe")
     signal.alarm(20)
     try:
-        with pytest.raises(MileError, match=rf"^{path}: not a run's record \(.*no regular file"):
+        with pytest.raises(MileError, match=rf"^{path}: not a run's record \(no regular file"):
             write_record(argparse.Namespace(save=str(tmp_path)))
     finally:
         signal.alarm(0)
