@@ -51,7 +51,6 @@ from tools.checkpoint.llama_config import DTYPES
 from tools.checkpoint.to_hf import to_hf
 from tools.checkpoint.to_megatron import to_megatron
 from tools.common.cli import new_parser, run_tool
-from tools.common.megatron import silence_megatron
 
 PROG = "tools/convert_checkpoint.py"
 
@@ -86,7 +85,6 @@ def convert_checkpoint(args: argparse.Namespace) -> None:
     Raises:
         ToolError: what is read is no model of LLaMA's kind, or the output cannot be written.
     """
-    silence_megatron()
     note = (to_hf if args.to == "hf" else to_megatron)(args)
     print(f"{args.output}: {note}")
 

@@ -32,7 +32,7 @@ if __name__ == "__main__":  # of this checkout; and no command hides a package o
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools.common.cli import ToolError, UsageError, new_parser, run_tool
-from tools.common.megatron import megatron_module, silence_megatron
+from tools.common.megatron import megatron_module
 from tools.estimation.footprint import Memory, cost_flops, memory, micro_batches
 from tools.estimation.job import SIZES, build_shard, count_parameters, parse, refusals, size_flags
 
@@ -215,7 +215,6 @@ def estimate(args: argparse.Namespace) -> None:
         ToolError: the flags make no job.
     """
     check_flags(args)
-    silence_megatron()
     result = estimation(args)
     print(json.dumps(result, indent=2) if args.json else report(result))
 

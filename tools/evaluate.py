@@ -27,7 +27,6 @@ metric) and `missing` (task, reason); `seconds`. A bucket without tokens has nul
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -38,8 +37,7 @@ if __name__ == "__main__":  # of this checkout; and no command hides a package o
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools.common.cli import ToolError, UsageError, new_parser, run_tool
-from tools.common.files import write_whole
-from tools.common.megatron import silence_megatron
+from tools.common.files import json_text, write_whole
 from tools.common.outputs import output_file
 from tools.data.frequency_buckets import BUCKETS
 from tools.data.pair_reader import files_of
@@ -245,14 +243,13 @@ def evaluate(args: argparse.Namespace) -> None:
         ToolError: an input cannot be used, or the output not be written.
     """
     check_flags(args)
-    silence_megatron()
     if args.compare:
         compare(args)
         return
     output = output_of(args)
     result = evaluation(args)
     if output:
-        write_whole(output, json.dumps(result, indent=2) + "\n")
+        write_whole(output, json_text(result))
     if args.load:
         print(perplexity_table(result))
     if args.hf:

@@ -29,7 +29,7 @@ from typing import NamedTuple
 if __name__ == "__main__":  # of this checkout; and no command hides a package of its name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tools.common.cli import ToolError, new_parser, run_tool
+from tools.common.cli import ToolError, library_errors, new_parser, run_tool
 from tools.common.files import write_whole
 from tools.common.outputs import output_file
 from tools.data.pair_reader import SUFFIXES, open_pair
@@ -119,7 +119,6 @@ def _pairs(folder: Path, domain: str) -> list[str]:
 
 def _check_tokenizers(prefixes: Sequence[str]) -> None:
     """Refuse pairs whose .info files name different tokenizers."""
-    from megatron_mile.errors import MileError
     from megatron_mile.run_record import data_files  # the import takes seconds
 
     tokenizers = {}
@@ -129,10 +128,8 @@ def _check_tokenizers(prefixes: Sequence[str]) -> None:
                 tokenizers[path] = data_files.tokenizer_of(path)
             except (ValueError, LookupError, TypeError, RecursionError):
                 raise ToolError(f"{path}: damaged; preprocess the domain again") from None
-    try:
+    with library_errors():
         data_files.check_tokenizers(tokenizers)
-    except MileError as error:
-        raise ToolError(str(error)) from error
 
 
 def _shares(domain: str, prefixes: Sequence[str], weight: float) -> list[Share]:

@@ -27,7 +27,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from tools.common.cli import new_parser, run_tool
-from tools.common.picture import COLOURS, picture_file, save
+from tools.common.picture import COLOURS, Bars, draw_groups, picture_file, save
 from tools.evaluation.runs import (
     NoCurve,
     Run,
@@ -135,16 +135,11 @@ def _draw_changes(axes: Axes, runs: Sequence[Run], colours: dict[str, str]) -> N
 def _draw_groups(
     axes: Axes, runs: Sequence[Run], colours: dict[str, str], form: Callable[[float], str]
 ) -> None:
-    """Draw a group of bars for each of `BARS`, one bar a run, its value written at its end."""
-    width = 0.86 / len(runs)
-    for index, run in enumerate(runs):
-        values = [(run.evaluation or {}).get(key, np.nan) for key in BARS]
-        places = np.arange(len(BARS)) + (index - (len(runs) - 1) / 2) * width
-        bars = axes.bar(places, values, width * 0.92, color=colours[run.name], label=run.name)
-        texts = ["" if np.isnan(value) else form(value) for value in values]
-        axes.bar_label(bars, texts, padding=2, fontsize=max(5, 9.5 - len(runs)))
-    axes.set_xticks(range(len(BARS)), list(BARS.values()))
-    axes.spines[["top", "right"]].set_visible(False)
+    found = [(run.name, run.evaluation or {}) for run in runs]
+    rows = [
+        Bars(name, colours[name], [ppl.get(key, np.nan) for key in BARS]) for name, ppl in found
+    ]
+    draw_groups(axes, [*BARS.values()], rows, form, max(5, 9.5 - len(runs)))
 
 
 def plot_runs(args: argparse.Namespace) -> None:

@@ -50,7 +50,7 @@ from tools.common.tokenizer import add_tokenizer_flags, build_tokenizer, tokeniz
 from tools.data.batch_tokenizer import fingerprint
 from tools.data.documents import find_files, read_records, total_bytes
 from tools.data.encoder import Encoder, encode_all
-from tools.data.sentences import sentence_splitter
+from tools.data.texts import sentence_splitter
 from tools.data.work_folder import WorkFolder, check_prefix
 
 PROG = "tools/preprocess_data.py"

@@ -17,9 +17,7 @@ Megatron fails on a dataset shorter than one sample.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from tools.common.cli import ToolError, new_parser, run_tool
-from tools.common.files import partial_path
+from tools.common.files import folder_beside, json_text
 from tools.common.outputs import output_file, output_place
 from tools.common.tokenizer import check_vocabulary
 from tools.data.documents import find_files, read_records, total_bytes
@@ -79,27 +77,23 @@ def save(tokenizer: Tokenizer, output: Path) -> None:
         tokenizer: from `train`.
         output: the folder; one that `check_output` let pass may exist.
     """
-    partial = partial_path(output)
-    partial.mkdir(parents=True)
-    try:
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": END_OF_TEXT,
-            "pad_token": PADDING,
-            "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"],  # LLaMA knows no other
-        }
-        # The library's own `save` ends in an error of no kind where the disk is full.
-        contents = (json.dumps(config, indent=2) + "\n", tokenizer.to_str(pretty=True))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "pad_token": PADDING,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # LLaMA knows no other
+    }
+    # The library's own `save` ends in an error of no kind where the disk is full.
+    contents = (json_text(config), tokenizer.to_str(pretty=True))
+    with folder_beside(output) as folder:
         for name, content in zip(FILES, contents, strict=True):
-            (partial / name).write_text(content, encoding="utf-8")
+            (folder / name).write_text(content, encoding="utf-8")
         if output.exists():
             for name in FILES:
-                (partial / name).replace(output / name)
+                (folder / name).replace(output / name)
         else:
-            partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            folder.rename(output)
 
 
 def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:

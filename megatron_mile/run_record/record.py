@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shlex
+import stat
 import subprocess
 import sys
 import time
@@ -110,16 +111,16 @@ def _earlier_starts(path: str) -> list[Any]:
         MileError: It is no record.
         OSError: It cannot be read.
     """
+    problem = "no regular file"
     try:
-        with open(path, encoding="utf-8") as file:
-            starts = json.load(file)["starts"]
-        if isinstance(starts, list):
-            return starts
-        problem = f"starts is {starts!r:.40}"
+        if stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its other end
+            with open(path, encoding="utf-8") as file:
+                starts = json.load(file)["starts"]
+            if isinstance(starts, list):
+                return starts
+            problem = f"starts is {starts!r:.40}"
     except FileNotFoundError:
         return []
-    except IsADirectoryError:
-        problem = "a folder"
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         problem = repr(error)
     raise MileError(f"{path}: not a run's record ({problem}); move it away")

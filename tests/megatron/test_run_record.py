@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,17 @@ def test_resume_adds_a_start_and_refuses_other_data(runs: TrainingRuns, tmp_path
 
 
 @pytest.mark.slow
+def test_a_job_whose_record_is_a_pipe_stops_at_its_start(
+    runs: TrainingRuns, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "run_record.json")
+    job = runs.run(1, TP1, MILE, f"--save {tmp_path}")
+    (error,) = mile_errors(job.logs[0])
+    assert f"{tmp_path}/run_record.json: not a run's record (no regular file)" in error
+    assert (job.code != 0, os.listdir(tmp_path)) == (True, ["run_record.json"])
+
+
+@pytest.mark.slow
 def test_record_takes_what_a_script_reads_in_its_own_way(
     runs: TrainingRuns, tmp_path: Path
 ) -> None:
@@ -124,6 +136,21 @@ def test_a_record_of_another_shape_ends_in_one_line(tmp_path: Path, content: str
         write_record(argparse.Namespace(save=str(tmp_path)))
     assert os.listdir(tmp_path) == ["run_record.json"]
     assert content is None or path.read_text() == content
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_record_that_is_a_pipe_does_not_hang_the_start(tmp_path: Path, link: bool) -> None:
+    """To open it would wait for a writer; the alarm would end the test."""
+    path = tmp_path / "run_record.json"
+    os.mkfifo(tmp_path / "pipe" if link else path)
+    if link:
+        path.symlink_to("pipe")
+    signal.alarm(20)
+    try:
+        with pytest.raises(MileError, match=rf"^{path}: not a run's record \(no regular file"):
+            write_record(argparse.Namespace(save=str(tmp_path)))
+    finally:
+        signal.alarm(0)
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])

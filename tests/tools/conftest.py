@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tool_forker import ToolForker
+from support.tool_forker import ToolForker
 
 from tools import preprocess_data, train_tokenizer
 
@@ -67,7 +67,11 @@ def whole(corpus: Path, hf_flags: list[str], tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session")
 def llama_checkpoint(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Megatron's checkpoint of a model with a SentencePiece tokenizer of 600 tokens beside it."""
-    from llama_models import convert, save_llama, train_sentencepiece  # the import takes seconds
+    from support.llama_models import (  # the import takes seconds
+        convert,
+        save_llama,
+        train_sentencepiece,
+    )
 
     folder = tmp_path_factory.mktemp("llama")
     save_llama(folder, vocab_size=600)
@@ -86,7 +90,7 @@ def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ToolForker]:
 @pytest.fixture(scope="session")
 def sample(texts: list[str], forker: ToolForker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an input of every kind, see `samples`; not to be changed."""
-    import samples  # the import takes seconds
+    from support import samples  # the import takes seconds
 
     return samples.make(tmp_path_factory.mktemp("sample") / "sample", texts, forker)
 

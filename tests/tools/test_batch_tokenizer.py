@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_models import train_sentencepiece
+from support.llama_models import train_sentencepiece
 
 from tools.common.tokenizer import add_tokenizer_flags, build_tokenizer
 from tools.data.batch_tokenizer import PieceCache, batch_tokenizer, fingerprint

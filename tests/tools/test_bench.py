@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_tables import SMALL, assert_phases, read_rows
+from support.bench_tables import SMALL, assert_phases, read_rows
 
 from tools.bench import plot, run
 from tools.bench.case import Case

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_tables import SMALL, assert_phases, read_rows
+from support.bench_tables import SMALL, assert_phases, read_rows
 
 from tools.bench import plot, run
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from llama_models import convert, save_llama, train_sentencepiece, with_args
+from support.llama_models import convert, save_llama, train_sentencepiece, with_args
 from tokenizers.normalizers import Strip
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -87,6 +87,23 @@ def test_a_folder_of_transformers_is_copied_and_takes_no_sentencepiece_model(
     model = llama_checkpoint.parent / "tokenizer.model"
     flags = ("--load", there, "--output", tmp_path / "hf", "--tokenizer-model", model)
     assert "but --tokenizer-type HuggingFaceTokenizer was trained with" in refusal(failure, *flags)
+
+
+def test_special_tokens_of_the_flags_are_tokens_that_the_folder_lacks(
+    tmp_path: Path, tokenizer_folder: Path, failure: Callable[..., str]
+) -> None:
+    save_llama(tmp_path / "llama", 513)
+    shutil.copytree(tokenizer_folder, tmp_path / "llama", dirs_exist_ok=True)
+    there = convert("megatron", tmp_path / "llama", tmp_path / "megatron")
+    for special, tokens in ((None, 512), (["<a>"], 513)):
+        changes = {"special_tokens": special, "vocab_size": None}
+        more = with_args(there, tmp_path / f"{tokens}", **changes)
+        flags = ("--load", more, "--output", tmp_path / f"hf {tokens}")
+        if special:
+            line = refusal(failure, *flags)
+            assert "512 tokens, but the model was trained with 513; give the training's" in line
+        else:
+            convert("hf", more, tmp_path / f"hf {tokens}")
 
 
 @pytest.fixture(scope="module")

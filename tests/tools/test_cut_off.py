@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import samples
-from tool_forker import CUT_OFF, NAMES, TOOLS, ToolForker
+from support import samples
+from support.tool_forker import CUT_OFF, NAMES, TOOLS, ToolForker
 
 BROKEN_PIPE = 141
 
@@ -40,6 +40,17 @@ def test_an_error_is_told_where_the_output_is_cut_off(tmp_path: Path, forker: To
     done = forker.run("token_frequency", flags, tmp_path, out=CUT_OFF)
     assert done.code == 1
     assert done.err.startswith("tools/token_frequency.py: error: no file none.idx")
+
+
+@pytest.mark.parametrize("name", ["evaluate", "convert to hf", "convert to megatron"])
+def test_a_tool_that_succeeds_says_nothing_beside_its_result(
+    name: str, sample: Path, tmp_path: Path
+) -> None:
+    """Megatron has a warning for each GPU package that is missing; here in a process of its own."""
+    command, folder = samples.COMMANDS[name], samples.copy(sample, tmp_path / "folder")
+    words = [sys.executable, TOOLS / f"{command.tool}.py", *command.flags, *command.output]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_an_output_that_cannot_be_written_is_one_line(

@@ -51,7 +51,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     settings = ("TP", "PP", "CP", "MICRO_BATCH", "OBJECTIVE", "PRECISION", "DATA_PATH")
     env = {name: value for name, value in os.environ.items() if name not in settings}
     result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("estimate_figures.py"), output],
+        [sys.executable, Path(__file__).parents[1] / "support" / "estimate_figures.py", output],
         env={**env, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from llama_models import convert
+from support.llama_models import convert
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tools.evaluate import main

@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llama_models import convert
 from safetensors.torch import load_file, save_file
+from support.llama_models import convert
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 

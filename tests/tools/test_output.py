@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-import samples
-from tool_forker import ToolForker
+from support import samples
+from support.tool_forker import ToolForker
 
 from tools.common.cli import ToolError
 from tools.common.outputs import keep_inputs, output_file, output_place
@@ -194,6 +194,20 @@ def test_output_file_names_what_is_wrong_and_leaves_nothing(tmp_path: Path) -> N
     assert output_file("--output", tmp_path / "file", []) == tmp_path / "file"
     assert output_file("--output", tmp_path / "folder" / "a", []) == tmp_path / "folder" / "a"
     assert samples.state_of(tmp_path / "folder") == before == {}
+
+
+def test_a_conversion_makes_the_folders_above_its_output(folder: Path, forker: ToolForker) -> None:
+    command = samples.COMMANDS["convert to hf"]
+    flags = [*command.flags, "--output", "models/small/mile"]
+    before = samples.state_of(folder)
+    done = forker.run(command.tool, [*flags, "--vocab-size", "1"], folder)  # found out late
+    assert "a vocabulary of 1 does not fit" in done.err
+    assert samples.state_of(folder) == before
+    assert forker.run(command.tool, flags, folder).code == 0
+    assert (folder / "models" / "small" / "mile" / "config.json").is_file()
+    assert os.listdir(folder / "models" / "small") == ["mile"]
+    in_file = [*command.flags, "--output", "in.jsonl/mile"]
+    assert "in.jsonl is no folder" in forker.run(command.tool, in_file, folder).err
 
 
 def test_output_place_looks_at_the_folder_that_is_there(tmp_path: Path) -> None:

@@ -174,6 +174,9 @@ def test_plot_runs_names_damaged_events(place: float, tmp_path: Path, failure: F
         '{"harness": {"scores": {}}}',
         '{"harness": {"scores": {"x": {"a": {"acc": 1}}}}}',
         '{"harness": {"scores": {"0": {"a": {"acc": "1"}}}}}',
+        '{"harness": {"scores": {"-1": {"a": {"acc": "1"}}}}}',
+        '{"harness": {"scores": {"-1": {"a": {"acc": 1}}}}}',
+        '{"harness": {"scores": {"0": {"a": {"acc": 1, "acc_stderr": -1}}}}}',
     ],
 )
 def test_read_evaluation_refuses_other_files(content: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import zstandard
-from pair_files import files_below, pair_bytes
+from support.pair_files import files_below, pair_bytes
 
 from tools.common.megatron import megatron_module
 from tools.data import encoder

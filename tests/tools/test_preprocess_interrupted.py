@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pair_files import files_below, pair_bytes
+from support.pair_files import files_below, pair_bytes
 
 from tools.common.cli import ToolError
 from tools.data.documents import Position, Record

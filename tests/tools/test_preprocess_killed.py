@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pair_files import files_below, pair_bytes
+from support.pair_files import files_below, pair_bytes
 
 from tools.data.pair_reader import open_pair
 from tools.preprocess_data import main

@@ -9,7 +9,7 @@ from pathlib import Path
 import nltk
 import pytest
 from nltk.tokenize.punkt import PunktParameters, save_punkt_params
-from pair_files import files_below
+from support.pair_files import files_below
 
 from tools.common.megatron import megatron_module
 from tools.preprocess_data import main

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-import samples
 import torch
-from tool_forker import ToolForker
+from support import samples
+from support.tool_forker import ToolForker
 
+from tools.checkpoint.run_tokenizer import build_from
 from tools.checkpoint.stored_args import OPTIONAL, REQUIRED, check_common
 from tools.checkpoint.torch_dist import Checkpoint
 from tools.common.cli import ToolError
@@ -52,7 +55,9 @@ ARGS: dict[str, Any] = {
     "rotary_base": 10000,
     "rotary_percent": 1.0,
     "layernorm_epsilon": 1e-6,
+    "attention_dropout": 0.0,
 }
+COUNTS = {"make_vocab_size_divisible_by", "tensor_model_parallel_size"}
 OTHER_KINDS = (None, "2", 1.5, float("nan"), [], {}, b"2", torch.ones(2), 10**30, -1)
 
 
@@ -69,8 +74,17 @@ def test_check_common_takes_what_megatron_writes(weights: dict[str, tuple[int, .
     assert check({}, weights)["iteration"] == 3
     for name in ("vocab_size", "num_query_groups"):
         check({name: None}, weights)
-    for name in OPTIONAL:
+    for name in OPTIONAL.keys() - COUNTS:
         check({name: None}, weights)
+    tokenizer = {"tiktoken_num_special_tokens": 0, "special_tokens": ["<a>"], "vocab_file": "v"}
+    switches = {"tokenizer_sentencepiece_legacy": True, "tokenizer_hf_no_use_fast": False}
+    check({**tokenizer, **switches, **dict.fromkeys(COUNTS, 8)}, weights)
+
+
+def test_check_common_asks_for_groups_where_queries_are_grouped() -> None:
+    check({"group_query_attention": True})
+    with pytest.raises(ToolError, match="stored num_query_groups is None; expected a whole number"):
+        check({"group_query_attention": True, "num_query_groups": None})
 
 
 def test_check_common_knows_names_of_before() -> None:
@@ -88,20 +102,21 @@ def test_check_common_names_what_is_missing(name: str) -> None:
 
 
 # Of `OTHER_KINDS`, what these may be all the same.
-TEXTS = ("normalization", "position_embedding_type")
-ALLOWED = {
-    **dict.fromkeys(TEXTS, ("2",)),
-    **dict.fromkeys(("hybrid_layer_pattern", "tokenizer_type", "tokenizer_model"), (None, "2")),
-    **dict.fromkeys(("vocab_size", "num_query_groups"), (None,)),
-    **dict.fromkeys(("num_experts", "mtp_num_layers"), (None,)),
+TEXTS = ("hybrid_layer_pattern", "tokenizer_type", "tokenizer_model")
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(OPTIONAL.keys() - COUNTS, (None,)),
+    **dict.fromkeys(("vocab_size", "num_query_groups", "num_experts"), (None,)),
+    **dict.fromkeys(("normalization", "position_embedding_type"), ("2",)),
+    **dict.fromkeys((*TEXTS, "tiktoken_pattern", "vocab_file", "merge_file"), (None, "2")),
     "rotary_base": (1.5,),
+    "special_tokens": (None, []),
 }
 
 
 @pytest.mark.parametrize("name", [*REQUIRED, *OPTIONAL, "iteration"])
 def test_check_common_names_another_kind(name: str) -> None:
     for value in OTHER_KINDS:
-        if any(value is allowed for allowed in ALLOWED.get(name, ())):
+        if any(type(value) is type(a) and value == a for a in ALLOWED.get(name, ())):
             check({name: value})
             continue
         with pytest.raises(ToolError, match=f"folder: stored {name} is .*; expected "):
@@ -181,6 +196,49 @@ def test_evaluate_and_convert_name_a_missing_argument(
     done = forker.run("convert_checkpoint", convert, folder)
     _is_one_line(done.err, "convert_checkpoint", f"its stored arguments lack {name}; expected")
     assert not (folder / "hf").exists()
+
+
+BENT_TOKENIZER = {
+    "tokenizer_type": (7, ["HuggingFaceTokenizer"]),
+    "tokenizer_model": (7, {"tok": 1}),
+    "vocab_size": ("300", 300.0, True),
+    "special_tokens": ("<a>", [7]),
+    "tiktoken_num_special_tokens": ("1000",),
+    "tokenizer_sentencepiece_legacy": ("no",),
+    "tokenizer_hf_no_use_fast": (1,),
+    "vocab_file": (7,),
+    "make_vocab_size_divisible_by": (0, "8"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, v) for name, vs in BENT_TOKENIZER.items() for v in vs]
+)
+def test_every_tool_names_a_bent_argument_of_the_tokenizer(
+    name: str, value: object, sample: Path, tmp_path: Path, forker: ToolForker
+) -> None:
+    folder = samples.copy(sample, tmp_path / "folder")
+    samples.bend(folder / samples.MODEL, {name: value})
+    before = samples.state_of(folder)
+    for command in (samples.COMMANDS["evaluate"], samples.COMMANDS["convert to hf"]):
+        done = samples.run(forker, command, folder)
+        _is_one_line(done.err, command.tool, f"model/release: stored {name} is {value!r}; expected")
+        assert (done.code, samples.state_of(folder)) == (1, before)
+
+
+def test_a_checkpoint_does_not_decide_that_a_tokenizers_code_is_run(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Nobody gave --trust-remote-code to the tool."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_folder, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    with suppress(ToolError):
+        build_from(folder, argparse.Namespace(trust_remote_code=True))
+    assert not (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize("kind", ["argument", "weight"])

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tool_forker import ToolForker
 from tokenizers import Tokenizer, pre_tokenizers
-from tool_forker import ToolForker
 
 from tools.common.megatron import megatron_module
 from tools.train_tokenizer import END_OF_TEXT, PADDING, main

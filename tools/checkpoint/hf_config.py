@@ -13,16 +13,8 @@ from typing import Any
 import torch
 
 from tools.checkpoint.llama import Llama
-from tools.checkpoint.llama_config import (
-    DROPOUTS,
-    EPSILONS,
-    ROPE_BASES,
-    Settings,
-    checked,
-    number,
-    shown,
-    whole,
-)
+from tools.checkpoint.llama_config import Settings, checked
+from tools.checkpoint.values import DROPOUT, EPSILON, ROPE_BASE, SIZE, Kind, shown
 from tools.common.cli import ToolError
 
 ARCHITECTURE = "LlamaForCausalLM"
@@ -92,21 +84,20 @@ def from_hugging_face(config: Mapping[str, Any]) -> Settings:
             unknown; the key is named.
     """
     _check_keys(config)
-    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    hidden, heads = _value(config, "hidden_size", SIZE), _value(config, "num_attention_heads", SIZE)
     model = Llama(
-        layers=_size(config, "num_hidden_layers"),
+        layers=_value(config, "num_hidden_layers", SIZE),
         hidden=hidden,
-        ffn=_size(config, "intermediate_size"),
+        ffn=_value(config, "intermediate_size", SIZE),
         heads=heads,
-        groups=_size_or(config, "num_key_value_heads", heads),
-        head_dim=_size_or(config, "head_dim", hidden // heads),
-        vocab=_size(config, "vocab_size"),
+        groups=_value_or(config, "num_key_value_heads", SIZE, heads),
+        head_dim=_value_or(config, "head_dim", SIZE, hidden // heads),
+        vocab=_value(config, "vocab_size", SIZE),
         tied=config.get("tie_word_embeddings", False),
     )
-    length = whole(*_named(config, "max_position_embeddings", _DEFAULT_LENGTH))
-    epsilon = number(*_named(config, "rms_norm_eps", _DEFAULT_EPSILON), *EPSILONS)
-    dropout = config.get("attention_dropout")
-    dropout = number("config.json: attention_dropout", 0 if dropout is None else dropout, *DROPOUTS)
+    length = _value(config, "max_position_embeddings", SIZE, _DEFAULT_LENGTH)
+    epsilon = _value(config, "rms_norm_eps", EPSILON, _DEFAULT_EPSILON)
+    dropout = float(_value_or(config, "attention_dropout", DROPOUT, 0.0))
     return checked(Settings(model, length, _rope_base(config), epsilon, dropout))
 
 
@@ -136,19 +127,18 @@ def _check_values(
             )
 
 
-def _named(config: Mapping[str, Any], name: str, default: object) -> tuple[str, object]:
-    return f"config.json: {name}", config.get(name, default)
-
-
-def _size(config: Mapping[str, Any], name: str) -> int:
-    if name not in config:
+def _value(config: Mapping[str, Any], name: str, kind: Kind, default: Any = None) -> Any:
+    """Read a number; without a default it must be there."""
+    if name not in config and default is None:
         raise ToolError(f"config.json: {name} is missing")
-    return whole(f"config.json: {name}", config[name])
+    value = config.get(name, default)
+    kind.check(f"config.json: {name}", value)
+    return value
 
 
-def _size_or(config: Mapping[str, Any], name: str, default: int) -> int:
-    """Read a size that may be null; its default need not be one, and is refused with others."""
-    return default if config.get(name) is None else _size(config, name)
+def _value_or(config: Mapping[str, Any], name: str, kind: Kind, default: float) -> Any:
+    """Read a number that may be null; its default need not fit, and is refused with others."""
+    return default if config.get(name) is None else _value(config, name, kind)
 
 
 def _rope_base(config: Mapping[str, Any]) -> float:
@@ -161,15 +151,13 @@ def _rope_base(config: Mapping[str, Any]) -> float:
     if all(ropes.values()) and ropes["rope_parameters"] != ropes["rope_scaling"]:
         raise ToolError("config.json: rope_parameters and rope_scaling differ; keep the right one")
     places = {"rope_theta": config, **{f"{name}.rope_theta": rope for name, rope in ropes.items()}}
-    bases = {
-        name: number(f"config.json: {name}", place["rope_theta"], *ROPE_BASES)
-        for name, place in places.items()
-        if "rope_theta" in place
-    }
+    bases = {name: place["rope_theta"] for name, place in places.items() if "rope_theta" in place}
+    for name, base in bases.items():
+        ROPE_BASE.check(f"config.json: {name}", base)
     if len(set(bases.values())) > 1:
         said = " and ".join(f"{name} {base:g}" for name, base in bases.items())
         raise ToolError(f"config.json: {said} contradict each other; keep the right one")
-    return next(iter(bases.values()), _DEFAULT_ROPE_BASE)
+    return float(next(iter(bases.values()), _DEFAULT_ROPE_BASE))
 
 
 def _rope(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_mile.errors import MileError
 from megatron_mile.integration.hf_folder import INDEX, WHOLE, weight_files
-from tools.common.cli import ToolError
-from tools.common.files import read_json
+from tools.common.cli import ToolError, library_errors
+from tools.common.files import json_text, read_json
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # The rows by which Megatron pads a vocabulary; transformers does not look at it.
@@ -88,11 +87,10 @@ def open_weights(folder: Path) -> Tensors:
         ToolError: there are none, or they cannot be read.
     """
     try:
-        files = weight_files(folder).values()
+        with library_errors():
+            files = weight_files(folder).values()
     except FileNotFoundError:
         raise ToolError(f"{folder}: neither {WHOLE} nor {INDEX}; convert to safetensors") from None
-    except MileError as error:
-        raise ToolError(str(error)) from error
     except SafetensorError as error:
         raise ToolError(f"{folder / WHOLE}: cannot be read ({error})") from error
     return Tensors(sorted(set(files)))
@@ -107,44 +105,36 @@ def open_padding(folder: Path) -> Tensors:
 class Writer:
     """Writes weights in files of at most `SHARD_BYTES`, and the index last."""
 
-    def __init__(self, folder: Path) -> None:
-        """Write into a folder that is there."""
+    def __init__(
+        self, folder: Path, sizes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+    ) -> None:
+        """Plan the files.
+
+        Args:
+            folder: is there.
+            sizes: by name, in the order in which the weights will come.
+            dtype: of the weights.
+        """
         self.folder = folder
-        self._waiting: dict[str, torch.Tensor] = {}
-        self._waiting_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total = 0
+        self._waiting: dict[str, dict[str, torch.Tensor]] = {}
+        meta = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in sizes.items()}
+        self._plan = split_torch_state_dict_into_shards(meta, max_shard_size=SHARD_BYTES)
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take tensors; they are written when there are enough."""
+        """Take tensors; a file is written when it is full."""
         for name, tensor in tensors.items():
-            if self._waiting and self._waiting_bytes + tensor.nbytes > SHARD_BYTES:
-                self._flush()
+            file = self._plan.tensor_to_filename[name]
+            waiting = self._waiting.setdefault(file, {})
             # A copy: a part of a larger tensor would keep all of it.
-            self._waiting[name] = tensor.clone(memory_format=torch.contiguous_format)
-            self._waiting_bytes += tensor.nbytes
-
-    def _flush(self) -> None:
-        self._shards.append(list(self._waiting))
-        save(self._waiting, self.folder / f"{len(self._shards)}")
-        self._total += self._waiting_bytes
-        self._waiting, self._waiting_bytes = {}, 0
+            waiting[name] = tensor.clone(memory_format=torch.contiguous_format)
+            if len(waiting) == len(self._plan.filename_to_tensors[file]):
+                save(self._waiting.pop(file), self.folder / file)
 
     def finish(self) -> None:
-        """Write the rest, and give the files their names."""
-        self._flush()
-        count = len(self._shards)
-        if count == 1:
-            (self.folder / "1").rename(self.folder / WHOLE)
-            return
-        places = {}
-        for number, names in enumerate(self._shards, 1):
-            file = f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self.folder / f"{number}").rename(self.folder / file)
-            places.update(dict.fromkeys(names, file))
-        write_json(
-            self.folder / INDEX, {"metadata": {"total_size": self._total}, "weight_map": places}
-        )
+        """Write the index, if there is more than one file."""
+        if self._plan.is_sharded:
+            index = {"metadata": self._plan.metadata, "weight_map": self._plan.tensor_to_filename}
+            write_json(self.folder / INDEX, index)
 
 
 def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -154,7 +144,7 @@ def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write one JSON file."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json_text(content), encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from tools.checkpoint.torch_dist import EXTRA_STATE
 from tools.common.cli import ToolError
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -29,7 +28,7 @@ _WITH_OBJECT = (
     *("mlp.linear_fc1", "mlp.linear_fc2"),
 )
 _MOST_NAMES = 5
-_STACKED = r"decoder\.layers\.[a-z]"
+_OBJECT = "._extra_state/"  # behind the module's name
 
 
 class Llama(NamedTuple):
@@ -105,9 +104,9 @@ class Weight(NamedTuple):
         return (len(self.prefixes), *self.packing.size) if self.stacked else self.packing.size
 
     def parts(self) -> dict[str, tuple[int, ...]]:
-        """Size by name of Hugging Face's tensors."""
-        named = zip(self.packing.names, self.packing.sizes, strict=True)
-        return {before + name: size for name, size in named for before in self.prefixes}
+        """Size by name of Hugging Face's tensors, in the order of `split`."""
+        named = [*zip(self.packing.names, self.packing.sizes, strict=True)]
+        return {before + name: size for before in self.prefixes for name, size in named}
 
     def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """Take Megatron's tensor apart into Hugging Face's."""
@@ -188,14 +187,14 @@ def form_of(keys: Collection[str], hybrid: bool) -> Form:
 
 def extra_states(model: Llama, form: Form) -> list[str]:
     """Name the objects that Megatron expects beside the weights, with Transformer Engine or not."""
-    names = [f"decoder.final_{'norm' if form.hybrid else 'layernorm'}{EXTRA_STATE}shard_0_1"]
-    names += [f"output_layer{EXTRA_STATE}shard_0_1"] if form.hybrid and not model.tied else []
+    names = [f"decoder.final_{'norm' if form.hybrid else 'layernorm'}{_OBJECT}shard_0_1"]
+    names += [f"output_layer{_OBJECT}shard_0_1"] if form.hybrid and not model.tied else []
     for path in _WITH_OBJECT:
         for layer in range(model.layers):
             if form.stacked:
-                place = f"decoder.layers.{path}{EXTRA_STATE}shard_{layer}_{model.layers}"
+                place = f"decoder.layers.{path}{_OBJECT}shard_{layer}_{model.layers}"
             else:
-                place = f"decoder.layers.{_index(path, layer, form)}.{path}{EXTRA_STATE}shard_0_1"
+                place = f"decoder.layers.{_index(path, layer, form)}.{path}{_OBJECT}shard_0_1"
             names.append(place)
     return names
 
@@ -205,20 +204,17 @@ def check_layers(where: object, found: Mapping[str, tuple[int, ...]], model: Lla
 
     Args:
         where: the file or folder.
-        found: size by name, Megatron's or Hugging Face's; one of Megatron's may be for all layers.
+        found: size by Hugging Face's name.
         model: with the number of layers to check.
 
     Raises:
         ToolError: tensors are missing.
     """
-    names = (re.match(r"\w+\.layers\.(\d+)\.", name) for name in found)
+    names = (re.match(r"model\.layers\.(\d+)\.", name) for name in found)
     numbered = len({match[1] for match in names if match})
-    # Megatron's own, of all layers: decoder.layers.mlp...
-    stacked = (size[0] for name, size in found.items() if re.match(_STACKED, name) and size)
-    most = max(numbered, *stacked, 0)
-    if model.layers > most:
+    if model.layers > numbered:
         raise ToolError(
-            f"{where}: missing tensors: of {model.layers} layers, at most {most} have weights"
+            f"{where}: missing tensors: of {model.layers} layers, at most {numbered} have weights"
         )
 
 

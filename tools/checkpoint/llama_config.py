@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import re
-import reprlib
 from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 
 from tools.checkpoint.llama import Form, Llama
+from tools.checkpoint.values import shown
 from tools.common.cli import ToolError
 from tools.common.megatron import megatron_module
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Of sizes: of a tensor's, and of what is made from them.
-LARGEST = 2**31 - 1
-# Of other numbers: what models have, and what Megatron and transformers compute with.
-ROPE_BASES, EPSILONS, DROPOUTS = (1.0, 1e18), (1e-30, 0.1), (0.0, 0.99)
 # What Hugging Face's LLaMA computes, in Megatron's arguments; one that is absent is like this.
 _MEGATRON = {
     "swiglu": True,
@@ -63,35 +58,6 @@ class Settings(NamedTuple):
     attention_dropout: float
 
 
-def whole(name: str, value: object) -> int:
-    """Check a size that was read from a file.
-
-    Raises:
-        ToolError: it is no whole number from 1 to `LARGEST`.
-    """
-    if type(value) is int and 1 <= value <= LARGEST:
-        return value
-    raise ToolError(f"{name} is {shown(value)}; expected a whole number from 1 to {LARGEST}")
-
-
-def number(name: str, value: object, least: float, most: float) -> float:
-    """Check a number that was read from a file.
-
-    Raises:
-        ToolError: it is no number from `least` to `most`.
-    """
-    if type(value) in (int, float) and least <= value <= most:  # type: ignore[operator]
-        return float(value)  # type: ignore[arg-type]
-    raise ToolError(f"{name} is {shown(value)}; expected a number from {least:g} to {most:g}")
-
-
-def shown(value: object) -> str:
-    """Write a value in a line, however long it is."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 80
-    return short.repr(value)
-
-
 def checked(settings: Settings) -> Settings:
     """Check that sizes fit each other as both sides need it.
 
@@ -128,48 +94,34 @@ def from_megatron(args: argparse.Namespace) -> Settings:
     """Read the settings of a model that Megatron trained; nothing else reads them from `args`.
 
     Args:
-        args: of the training run, from its checkpoint.
+        args: of the training run, as `check_common` let them pass.
 
     Returns:
         The settings; the vocabulary with its padding.
 
     Raises:
-        ToolError: Hugging Face's LLaMA computes something else, or an argument is no number that
-            it can be; the argument is named.
+        ToolError: Hugging Face's LLaMA computes something else; the argument is named.
     """
     for name, needed in _MEGATRON.items():
-        if (value := getattr(args, name, needed)) != needed:
+        value = getattr(args, name, needed)
+        # A tensor, or what else may be stored, does not compare like a number.
+        if not (isinstance(value, float | int | str | None) and value == needed):
             raise ToolError(
                 f"the model is not LLaMA's: {name} is {shown(value)}; expected {needed!r}"
             )
-
-    def size(name: str) -> int:
-        return whole(f"in the training arguments, {name}", getattr(args, name, None))
-
-    grouped = getattr(args, "group_query_attention", False)
+    grouped = args.group_query_attention
     model = Llama(
-        layers=_pairs(args.hybrid_layer_pattern) if is_hybrid(args) else size("num_layers"),
-        hidden=size("hidden_size"),
-        ffn=size("ffn_hidden_size"),
-        heads=size("num_attention_heads"),
-        groups=size("num_query_groups" if grouped else "num_attention_heads"),
-        head_dim=size("kv_channels"),
-        vocab=size("padded_vocab_size"),
-        tied=not getattr(args, "untie_embeddings_and_output_weights", False),
+        layers=_pairs(args) if is_hybrid(args) else args.num_layers,
+        hidden=args.hidden_size,
+        ffn=args.ffn_hidden_size,
+        heads=args.num_attention_heads,
+        groups=args.num_query_groups if grouped else args.num_attention_heads,
+        head_dim=args.kv_channels,
+        vocab=args.padded_vocab_size,
+        tied=not args.untie_embeddings_and_output_weights,
     )
-    return checked(Settings(model, size("max_position_embeddings"), *_numbers(args)))
-
-
-def _numbers(args: argparse.Namespace) -> tuple[float, float, float]:
-    """Read what is no size: RoPE's base, the norms' epsilon, the attention's dropout."""
-    # Older Megatron says norm_epsilon.
-    epsilon = "layernorm_epsilon" if hasattr(args, "layernorm_epsilon") else "norm_epsilon"
-    ranges = {"rotary_base": ROPE_BASES, epsilon: EPSILONS, "attention_dropout": DROPOUTS}
-    base, epsilon_, dropout = (
-        number(f"in the training arguments, {name}", getattr(args, name, None), *range_)
-        for name, range_ in ranges.items()
-    )
-    return base, epsilon_, dropout
+    numbers = map(float, (args.rotary_base, args.layernorm_epsilon, args.attention_dropout))
+    return checked(Settings(model, args.max_position_embeddings, *numbers))
 
 
 def is_hybrid(args: argparse.Namespace) -> bool:
@@ -177,13 +129,16 @@ def is_hybrid(args: argparse.Namespace) -> bool:
     return bool(getattr(args, "hybrid_layer_pattern", None))
 
 
-def _pairs(pattern: str) -> int:
+def _pairs(args: argparse.Namespace) -> int:
     """Count the LLaMA layers of a hybrid pattern; "|" stands between pipeline stages."""
-    if not re.fullmatch(r"(\*-)+", layers := str(pattern).replace("|", "")):
+    layers = args.hybrid_layer_pattern.replace("|", "")
+    pairs = len(layers) // 2
+    if layers != "*-" * pairs or 2 * pairs != args.num_layers:
         raise ToolError(
-            f'the model is not LLaMA\'s: its layers are {shown(pattern)}; expected "*-*-..."'
+            f"the model is not LLaMA's: its layers are {shown(args.hybrid_layer_pattern)}; "
+            f'expected "*-*-...", {args.num_layers} in all'
         )
-    return len(layers) // 2
+    return pairs
 
 
 def args_of(settings: Settings, form: Form, rows: int, dtype: torch.dtype) -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
 Megatron's torch_dist checkpoints hold every tensor whole, so one process can read what any number
 of tensor- and pipeline-parallel ranks wrote. What Megatron unpickles without a limit is read by the
-rules of `_torch_dist` first.
+rules of `Checkpoint` first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_mile.integration.checkpoint_folder import (
 from megatron_mile.integration.torch_dist import cause_of
 from tools.checkpoint.torch_dist import Checkpoint
 from tools.common.cli import ToolError
-from tools.common.megatron import megatron_module
+from tools.common.megatron import megatron_module, silence_megatron
 
 # One process, plain PyTorch layers: settings of the training run that do not hold here.
 _SINGLE_PROCESS = {
@@ -57,7 +57,6 @@ class LoadedModel(NamedTuple):
     args: argparse.Namespace
     """Megatron's arguments of the training run."""
     iteration: int
-    folder: Path
     device: torch.device
 
 
@@ -96,6 +95,7 @@ def choose_device(cpu: bool) -> torch.device:
     from megatron_mile.cpu_mode import enable
     from megatron_mile.cpu_mode.hybrid_layers import use_local_layers
 
+    silence_megatron()
     enable()
     use_local_layers()
     return torch.device("cpu")
@@ -133,7 +133,7 @@ def load_model(folder: Path, device: torch.device) -> LoadedModel:
         raise ToolError(
             f"{folder}: the weights do not fit the model ({cause_of(error)})"
         ) from error
-    return LoadedModel(model.to(device).eval(), args, int(common["iteration"]), folder, device)
+    return LoadedModel(model.to(device).eval(), args, int(common["iteration"]), device)
 
 
 def _check_all_used(checkpoint: Checkpoint, model: Any) -> None:

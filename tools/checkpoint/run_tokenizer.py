@@ -16,11 +16,13 @@ def own_source(args: argparse.Namespace) -> Path | None:
     """Find the folder or SentencePiece file of a run's tokenizer; None where it is not here."""
     kind, name = getattr(args, "tokenizer_type", None), getattr(args, "tokenizer_model", None)
     known = kind in (HUGGING_FACE_TYPE, *SENTENCEPIECE_TYPES)
-    return find_tokenizer(Path(name)) if known and isinstance(name, str) else None
+    return find_tokenizer(Path(name)) if known and name else None
 
 
 def build_from(source: Path, args: argparse.Namespace) -> Any:
     """Build Megatron's tokenizer from a folder or SentencePiece file, with the run's other flags.
+
+    Only not `--trust-remote-code`: a checkpoint does not decide whether foreign code runs here.
 
     Raises:
         ToolError: it cannot be read.
@@ -29,7 +31,7 @@ def build_from(source: Path, args: argparse.Namespace) -> Any:
     add_tokenizer_flags(parser, required=False)
     flags = vars(parser.parse_args([]))
     flags |= {name: value for name, value in vars(args).items() if name in flags}
-    flags["tokenizer_model"] = str(source)
+    flags |= {"tokenizer_model": str(source), "trust_remote_code": False}
     flags["tokenizer_type"] = type_of(source, flags["tokenizer_type"])
     return build_tokenizer(argparse.Namespace(**flags))
 

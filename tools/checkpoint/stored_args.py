@@ -9,73 +9,62 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from tools.checkpoint.llama import EMBEDDING
+from tools.checkpoint.values import (
+    DROPOUT,
+    EPSILON,
+    ROPE_BASE,
+    SIZE,
+    SWITCH,
+    TEXT,
+    TEXTS,
+    Kind,
+    number,
+    or_none,
+    shown,
+    whole,
+)
 from tools.common.cli import ToolError
 
-LARGEST = 2**31 - 1
-_EMBEDDING = "embedding.word_embeddings.weight"
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?")
-
-
-class Kind(NamedTuple):
-    """The values that an argument may have."""
-
-    text: str
-    """For the message: what is expected."""
-    fits: Callable[[Any], bool]
-
-
-def _whole(low: int, high: int = LARGEST) -> Kind:
-    return Kind(
-        f"a whole number from {low} to {high}", lambda v: type(v) is int and low <= v <= high
-    )
-
-
-def _number(low: float, high: float) -> Kind:
-    return Kind(
-        f"a number above {low:g} and up to {high:g}",
-        lambda v: type(v) in (int, float) and low < v <= high,
-    )
-
-
-def _or_none(kind: Kind) -> Kind:
-    return Kind(f"{kind.text}, or None", lambda v: v is None or kind.fits(v))
-
-
-_SIZE, _SWITCH = _whole(1), Kind("True or False", lambda v: type(v) is bool)
-_NAME = Kind("a text", lambda v: type(v) is str)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # What is missing would get a default of Megatron's.
 REQUIRED = {
-    **dict.fromkeys(("num_layers", "hidden_size", "ffn_hidden_size"), _SIZE),
-    **dict.fromkeys(("num_attention_heads", "kv_channels", "padded_vocab_size"), _SIZE),
-    **dict.fromkeys(("seq_length", "max_position_embeddings"), _SIZE),
-    **dict.fromkeys(("vocab_size", "num_query_groups", "num_experts"), _or_none(_SIZE)),
-    **dict.fromkeys(("untie_embeddings_and_output_weights", "swiglu"), _SWITCH),
-    **dict.fromkeys(("add_bias_linear", "add_qkv_bias", "group_query_attention"), _SWITCH),
-    **dict.fromkeys(("qk_layernorm", "rotary_interleaved"), _SWITCH),
-    **dict.fromkeys(("normalization", "position_embedding_type"), _NAME),
+    **dict.fromkeys(("num_layers", "hidden_size", "ffn_hidden_size"), SIZE),
+    **dict.fromkeys(("num_attention_heads", "kv_channels", "padded_vocab_size"), SIZE),
+    **dict.fromkeys(("seq_length", "max_position_embeddings"), SIZE),
+    **dict.fromkeys(("vocab_size", "num_query_groups", "num_experts"), or_none(SIZE)),
+    **dict.fromkeys(("untie_embeddings_and_output_weights", "swiglu"), SWITCH),
+    **dict.fromkeys(("add_bias_linear", "add_qkv_bias", "group_query_attention"), SWITCH),
+    **dict.fromkeys(("qk_layernorm", "rotary_interleaved"), SWITCH),
+    **dict.fromkeys(("normalization", "position_embedding_type"), TEXT),
     "params_dtype": Kind(f"one of {', '.join(map(str, _DTYPES))}", lambda v: v in _DTYPES),
-    "layernorm_epsilon": _number(0, 1),
-    "rotary_base": _number(0, 1e18),
-    "rotary_percent": _number(0, 1),
-    "seed": _whole(1, 2**32 - 1),
+    "layernorm_epsilon": EPSILON,
+    "rotary_base": ROPE_BASE,
+    "rotary_percent": number(1e-6, 1),
+    "attention_dropout": DROPOUT,
+    "seed": whole(1, 2**32 - 1),
 }
 # Older versions lack these, or never set them.
 OPTIONAL = {
-    "mtp_num_layers": _or_none(_whole(0, 1000)),
-    **dict.fromkeys(("hybrid_layer_pattern", "tokenizer_type"), _or_none(_NAME)),
-    "tokenizer_model": _or_none(_NAME),
+    "mtp_num_layers": or_none(whole(0, 1000)),
+    "hybrid_layer_pattern": or_none(TEXT),
+    **dict.fromkeys(("tokenizer_type", "tokenizer_model", "tiktoken_pattern"), or_none(TEXT)),
+    **dict.fromkeys(("vocab_file", "merge_file"), or_none(TEXT)),
+    "special_tokens": or_none(TEXTS),
+    "tiktoken_num_special_tokens": or_none(whole(0)),
+    "tokenizer_sentencepiece_legacy": or_none(SWITCH),
+    "tokenizer_hf_no_use_fast": or_none(SWITCH),
+    "tokenizer_hf_no_include_special_tokens": or_none(SWITCH),
+    **dict.fromkeys(("make_vocab_size_divisible_by", "tensor_model_parallel_size"), SIZE),
 }
-# Name now, name before.
-RENAMED = {"layernorm_epsilon": "norm_epsilon"}
 
 
 def check_common(
@@ -97,16 +86,18 @@ def check_common(
     if not isinstance(common, dict) or not isinstance(common.get("args"), argparse.Namespace):
         raise ToolError(f"{folder}: holds no training arguments; expected a megatron.training run")
     args: dict[str, Any] = common["args"].__dict__
-    for name, before in RENAMED.items():
-        if name not in args and before in args:
-            args[name] = args.pop(before)
-    for name in REQUIRED:
+    if "norm_epsilon" in args:  # its name before
+        args.setdefault("layernorm_epsilon", args.pop("norm_epsilon"))
+    for name, kind in REQUIRED.items():
         if name not in args:
-            raise _refusal(folder, f"its stored arguments lack {name}", REQUIRED[name].text)
+            raise _refusal(folder, f"its stored arguments lack {name}", kind.text)
+    kinds = {**REQUIRED, **OPTIONAL, "iteration": whole(0)}
+    if args["group_query_attention"] is True:
+        kinds["num_query_groups"] = SIZE
     values = {**args, "iteration": common.get("iteration")}
-    for name, kind in {**REQUIRED, **OPTIONAL, "iteration": _whole(0)}.items():
+    for name, kind in kinds.items():
         if name in values and not kind.fits(values[name]):
-            raise _refusal(folder, f"stored {name} is {reprlib.repr(values[name])}", kind.text)
+            raise _refusal(folder, f"stored {name} is {shown(values[name])}", kind.text)
     _check_sizes(folder, args, weights)
     return common
 
@@ -115,11 +106,11 @@ def _check_sizes(
     folder: Path, args: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Compare sizes with each other and with the tensors, before memory is taken for them."""
-    if _EMBEDDING not in weights:
-        raise ToolError(f"{folder}: holds no {_EMBEDDING}; expected a GPT or hybrid model")
-    for name, size in zip(("padded_vocab_size", "hidden_size"), weights[_EMBEDDING], strict=False):
+    if EMBEDDING not in weights:
+        raise ToolError(f"{folder}: holds no {EMBEDDING}; expected a GPT or hybrid model")
+    for name, size in zip(("padded_vocab_size", "hidden_size"), weights[EMBEDDING], strict=False):
         if args[name] != size:
-            raise _refusal(folder, f"stored {name} is {args[name]}", f"{size} as in {_EMBEDDING}")
+            raise _refusal(folder, f"stored {name} is {args[name]}", f"{size} as in {EMBEDDING}")
     elements = max(map(math.prod, weights.values())), "the elements of its largest tensor"
     limits = {
         "seq_length": (args["max_position_embeddings"], "max_position_embeddings"),

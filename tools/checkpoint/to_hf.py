@@ -5,40 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tools.checkpoint import hf_folder, llama
 from tools.checkpoint.hf_config import config_of
-from tools.checkpoint.hf_folder import (
-    CONFIG,
-    GENERATION,
-    PADDING,
-    Writer,
-    copy_tokenizer,
-    find_tokenizer,
-    read_tokenizer,
-    save,
-    write_json,
-)
-from tools.checkpoint.llama import (
-    EMBEDDING,
-    TABLES,
-    Weight,
-    check_layers,
-    check_names,
-    form_of,
-    progress,
-    weights,
-)
-from tools.checkpoint.llama_config import choose_dtype, from_megatron, is_hybrid, whole
+from tools.checkpoint.llama_config import choose_dtype, from_megatron, is_hybrid
 from tools.checkpoint.megatron_model import checkpoint_folder
 from tools.checkpoint.run_tokenizer import HUGGING_FACE_TYPE, build_from, own_source
 from tools.checkpoint.torch_dist import Checkpoint
 from tools.common.cli import ToolError
-from tools.common.files import new_folder
+from tools.common.outputs import new_folder
 from tools.data.sentencepiece_model import write_for_transformers
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -60,9 +39,8 @@ def to_hf(args: argparse.Namespace) -> str:
     trained, sizes = checkpoint.common()["args"], checkpoint.weights
     settings = from_megatron(trained)
     model = settings.model
-    check_layers(checkpoint.folder, sizes, model)
-    found = weights(model, form_of(sizes, is_hybrid(trained)))
-    check_names(checkpoint.folder, sizes, {weight.key: weight.size for weight in found})
+    found = llama.weights(model, llama.form_of(sizes, is_hybrid(trained)))
+    llama.check_names(checkpoint.folder, sizes, {weight.key: weight.size for weight in found})
     dtype = choose_dtype(args.dtype, {checkpoint.tensors[key].properties.dtype for key in sizes})
     source = _tokenizer_source(args.tokenizer_model, trained)
     with new_folder(Path(args.output)) as folder:
@@ -72,9 +50,9 @@ def to_hf(args: argparse.Namespace) -> str:
         vocab = _vocabulary(args.vocab_size, tokenizer, model.vocab)
         tokens = {name: getattr(tokenizer, name, None) for name in SPECIAL_TOKENS}
         _write_weights(folder, checkpoint, found, vocab, dtype)
-        write_json(folder / GENERATION, tokens)
+        hf_folder.write_json(folder / hf_folder.GENERATION, tokens)
         settings = settings._replace(model=model._replace(vocab=vocab))
-        write_json(folder / CONFIG, config_of(settings, dtype, tokens))
+        hf_folder.write_json(folder / hf_folder.CONFIG, config_of(settings, dtype, tokens))
     missing = "" if source else "; without a tokenizer, which --tokenizer-model would name"
     return f"{vocab} tokens, {model.vocab - vocab} rows of padding apart{missing}"
 
@@ -85,7 +63,7 @@ def _tokenizer_source(asked: str | None, trained: argparse.Namespace) -> Path | 
     Returns:
         A folder that transformers reads, or SentencePiece's .model file.
     """
-    found = find_tokenizer(Path(asked)) if asked else own_source(trained)
+    found = hf_folder.find_tokenizer(Path(asked)) if asked else own_source(trained)
     if asked and not found:
         raise ToolError(f"no tokenizer at --tokenizer-model {asked}, nor a SentencePiece file")
     return found
@@ -94,8 +72,8 @@ def _tokenizer_source(asked: str | None, trained: argparse.Namespace) -> Path | 
 def _put_tokenizer(source: Path, trained: argparse.Namespace, folder: Path) -> Any:
     """Copy a folder's tokenizer, or write SentencePiece's as transformers reads it; return that."""
     if source.is_dir():
-        copy_tokenizer(source, folder)
-        return read_tokenizer(source)
+        hf_folder.copy_tokenizer(source, folder)
+        return hf_folder.read_tokenizer(source)
     if getattr(trained, "tokenizer_type", None) == HUGGING_FACE_TYPE:
         raise ToolError(
             f"{source}: a SentencePiece model, but --tokenizer-type HuggingFaceTokenizer was "
@@ -103,7 +81,7 @@ def _put_tokenizer(source: Path, trained: argparse.Namespace, folder: Path) -> A
             '{"tokenizer_class": "LlamaTokenizer"}'
         )
     write_for_transformers(build_from(source, trained), folder)
-    return read_tokenizer(folder)
+    return hf_folder.read_tokenizer(folder)
 
 
 def _check_tokens(known: int, rows: int, source: Path | None, trained: argparse.Namespace) -> None:
@@ -119,10 +97,8 @@ def _check_tokens(known: int, rows: int, source: Path | None, trained: argparse.
                 f"{source}: {known} tokens, but the model was trained with {tokens}; {remedy}"
             )
         return
-    multiple = math.prod(
-        whole(f"in the training arguments, {name}", getattr(trained, name, 1))
-        for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
-    )
+    sizes = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
+    multiple = math.prod(getattr(trained, name, 1) for name in sizes)
     if rows - known >= multiple:
         raise ToolError(
             f"{source}: {known} tokens, but the model has {rows} rows, and padding to a multiple of"
@@ -132,11 +108,12 @@ def _check_tokens(known: int, rows: int, source: Path | None, trained: argparse.
 
 def _trained_tokens(rows: int, source: Path | None, trained: argparse.Namespace) -> int:
     """The number of tokens of the training, if that is still known; else 0."""
-    own, tokens = own_source(trained), getattr(trained, "vocab_size", None)
-    if own and own != source:
+    own, tokens = own_source(trained), trained.vocab_size or 0
+    if own:
         with contextlib.suppress(ToolError):
-            tokens = build_from(own, trained).vocab_size
-    return tokens if isinstance(tokens, int) and tokens <= rows else 0
+            counted = build_from(own, trained).vocab_size  # with --tokenizer-special-tokens
+            tokens = max(tokens, counted) if own == source else counted
+    return tokens if tokens <= rows else 0
 
 
 def _vocabulary(asked: int | None, tokenizer: Any, rows: int) -> int:
@@ -153,19 +130,21 @@ def _vocabulary(asked: int | None, tokenizer: Any, rows: int) -> int:
 
 
 def _write_weights(
-    folder: Path, checkpoint: Checkpoint, found: Sequence[Weight], vocab: int, dtype: torch.dtype
+    folder: Path, checkpoint: Checkpoint, found: list[llama.Weight], vocab: int, dtype: torch.dtype
 ) -> None:
     """Write the weights and, apart from them, the rows that pad the vocabulary."""
-    writer, padding = Writer(folder), {}
-    with progress(found) as bar:
+    sizes = {name: size for weight in found for name, size in weight.parts().items()}
+    cut = {name: (vocab, *sizes[name][1:]) for name in llama.TABLES.values() if name in sizes}
+    writer, padding = hf_folder.Writer(folder, {**sizes, **cut}, dtype), {}
+    with llama.progress(found) as bar:
         for weight in found:
             tensor = checkpoint.tensor(weight.key)
             parts = weight.split(tensor.to(dtype))
-            if name := TABLES.get(weight.key):
+            if name := llama.TABLES.get(weight.key):
                 padding[name] = parts[name][vocab:].clone()
                 parts[name] = parts[name][:vocab]
             writer.add(parts)
             bar.update(tensor.numel())
     writer.finish()
-    if padding[TABLES[EMBEDDING]].numel():
-        save(padding, folder / PADDING)
+    if padding[llama.TABLES[llama.EMBEDDING]].numel():
+        hf_folder.save(padding, folder / hf_folder.PADDING)

@@ -20,7 +20,6 @@ from tools.checkpoint.stored_args import check_common
 from tools.common.cli import ToolError
 from tools.common.megatron import megatron_module
 
-EXTRA_STATE = "._extra_state/"
 # Objects of the run, which no model asks for.
 _OF_THE_RUN = (*OF_THE_OPTIMIZER, "rng_state/", "rerun_state_machine_state/")
 COMMON, _COMMON_BEFORE_0_19 = "common_state/shard_0_1", "common.pt"

@@ -27,6 +27,17 @@ class UsageError(ToolError):
     """Flags that do not go together; the tool ends as argparse does."""
 
 
+@contextmanager
+def library_errors() -> Iterator[None]:
+    """Turn a `MileError` of the library into a `ToolError`."""
+    from megatron_mile.errors import MileError  # the import takes seconds
+
+    try:
+        yield
+    except MileError as error:
+        raise ToolError(str(error)) from error
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse's, whose --help may be cut off."""
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-from tools.common.cli import ToolError
 
 
 def read_json(path: str | Path) -> Any:
@@ -31,31 +29,42 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial.{os.getpid()}")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 file under a temporary name and rename it, so that it is whole or not there."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a name to write under, which becomes `path` when the block ends without an error."""
     partial = partial_path(path)
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """Give a folder to write into, which becomes `output` when the block ends without an error.
+def write_whole(path: Path, text: str) -> None:
+    """Write a UTF-8 file, which is whole or not there."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
-    Raises:
-        ToolError: `output` exists, or its parent does not.
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Write JSON as it stands in files that people read."""
+    return json.dumps(content, indent=2) + "\n"
+
+
+@contextmanager
+def folder_beside(output: Path) -> Iterator[Path]:
+    """Give a folder to write into, from which all or nothing is moved to `output`.
+
+    What is left in it at the end is removed, and so are parents of `output` that were made for it,
+    if they are empty.
     """
-    if os.path.lexists(output):
-        raise ToolError(f"--output {output} exists; choose a new folder")
-    if not output.absolute().parent.is_dir():
-        raise ToolError(f"no folder for --output {output}; make it first")
     partial = partial_path(output.absolute())
-    partial.mkdir()
+    made = [folder for folder in partial.parents if not folder.exists()]
+    partial.mkdir(parents=True)
     try:
         yield partial
-        partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()

@@ -11,7 +11,7 @@ from tools.common.cli import ToolError
 
 
 def megatron_module(name: str) -> ModuleType:
-    """Import a module of megatron.core without its notices about missing GPU packages.
+    """Import a module of megatron.core without its notices.
 
     Args:
         name: full module name.
@@ -22,12 +22,9 @@ def megatron_module(name: str) -> ModuleType:
     Raises:
         ToolError: megatron-core is not installed.
     """
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "Could not determine rank")
+    silence_megatron()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return import_module(name)
+        return import_module(name)
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] in ("megatron", "torch"):
             raise ToolError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tools.common.cli import ToolError
-from tools.common.files import partial_path
+from tools.common.files import folder_beside, partial_path
 
 
 def output_file(flag: str, path: str | Path, inputs: Iterable[str | Path]) -> Path:
@@ -50,6 +50,21 @@ def output_place(flag: str, path: str | Path) -> None:
     if not place.is_dir():
         raise ToolError(f"{flag} {path}: {place} is no folder; choose another place")
     _try(flag, place / Path(path).name)
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Give a folder to write into, which becomes `output` when the block ends without an error.
+
+    Raises:
+        ToolError: `output` exists, or it or its parents cannot be made.
+    """
+    if os.path.lexists(output):
+        raise ToolError(f"--output {output} exists; choose a new folder")
+    output_place("--output", output)
+    with folder_beside(output) as folder:
+        yield folder
+        folder.rename(output)
 
 
 def keep_inputs(flag: str, outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:

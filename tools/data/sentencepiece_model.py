@@ -6,7 +6,6 @@ puts before a text where the text begins with one; and takes `</s>` within a tex
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from importlib import import_module
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.common.cli import ToolError
+from tools.common.files import json_text
 
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
 # Beside the entries of the vocabulary, in the texts on which two tokenizers are compared.
@@ -85,8 +85,7 @@ def write_for_transformers(tokenizer: Any, folder: Path) -> None:
         "model_input_names": ["input_ids", "attention_mask"],
         "split_special_tokens": True,  # `</s>` within a text is text
     }
-    content = json.dumps(config, indent=2) + "\n"
-    (folder / "tokenizer_config.json").write_text(content, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json_text(config), encoding="utf-8")
     _compare(tokenizer, folder, entries(model))
 
 

@@ -1,8 +1,9 @@
-"""Takes the texts, and the domain of the Pile, out of the records that documents.py reads."""
+"""Takes the texts, their sentences, and the domain of the Pile out of what documents.py reads."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from tools.common.cli import ToolError
@@ -93,3 +94,30 @@ def domain_of(record: Record, content: dict[str, Any]) -> str:
             '{"meta": {"pile_set_name": "Pile-CC"}, ...} on every line'
         )
     return domain
+
+
+def sentence_splitter(language: str) -> Callable[[str], list[str]]:
+    """Load NLTK's Punkt model of a language, which must lie on this machine.
+
+    Args:
+        language: name of a Punkt model, such as `english`.
+
+    Returns:
+        Text -> its sentences; the white space between two of them is dropped.
+
+    Raises:
+        ToolError: NLTK or its model of the language is missing; nothing is downloaded.
+    """
+    try:
+        from nltk.tokenize.punkt import PunktTokenizer
+    except ImportError:
+        raise ToolError("--split-sentences needs `pip install 'nltk>=3.9'`") from None
+    try:
+        split: Callable[[str], list[str]] = PunktTokenizer(language).tokenize
+    except (LookupError, ValueError) as error:
+        raise ToolError(
+            f"--split-sentences: NLTK has no punkt_tab model {language!r} here; where there is a "
+            "network, run `python -m nltk.downloader -d FOLDER punkt_tab`, copy FOLDER here and "
+            "set NLTK_DATA=FOLDER"
+        ) from error
+    return split

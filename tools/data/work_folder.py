@@ -10,13 +10,12 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from tools.common.cli import ToolError
-from tools.common.files import read_json, write_whole
+from tools.common.files import json_text, read_json, write_whole
 from tools.common.outputs import keep_inputs, output_file, output_place
 from tools.data.documents import START, Position
 from tools.data.encoder import Batch, Stream
@@ -165,13 +164,8 @@ class WorkFolder:
         self._close()
         for name, sizes in self._sizes.items():
             info = {**sizes._asdict(), "skipped_lines": self.bad_lines, **self._settings}
-            publish(
-                self._folder / name,
-                f"{self._prefix}_{name}",
-                self._dtype,
-                sizes,
-                json.dumps(info, indent=2) + "\n",
-            )
+            prefix = f"{self._prefix}_{name}"
+            publish(self._folder / name, prefix, self._dtype, sizes, json_text(info))
         self._progress.unlink()
         return {f"{self._prefix}_{name}": sizes for name, sizes in self._sizes.items()}
 
@@ -179,12 +173,7 @@ class WorkFolder:
         for pair in self._pairs.values():
             pair.close()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close the files, and remove a folder that nothing can go on from."""
         self._close()
         if not self._progress.exists():

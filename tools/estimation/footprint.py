@@ -16,7 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tools.common.cli import ToolError
+from megatron_mile.integration.arguments import OUTPUT_LAYER
+from megatron_mile.integration.cost_files import read_matrix
+from megatron_mile.integration.emo_rows import TABLE_BYTES
+from megatron_mile.linear import CHUNK_TOKENS
+from megatron_mile.objectives import NEED_COST
+from tools.common.cli import ToolError, library_errors
 from tools.common.megatron import megatron_module
 
 # Of Megatron's formula without the distributed optimizer.
@@ -112,8 +117,6 @@ def _logits(args: argparse.Namespace) -> float:
     Megatron's loss makes an fp32 copy of bf16 logits and from it their gradient; ours writes the
     gradient over the logits, but not EMO's (`extra_mib` in tools/bench/results.csv).
     """
-    from megatron_mile.linear import CHUNK_TOKENS
-
     tokens, size = _tokens(args), args.params_dtype.itemsize
     if args.mile_objective == "none":
         size = 4 if size == 4 else 4 + size
@@ -158,21 +161,15 @@ def cost_flops(args: argparse.Namespace) -> int:
 
 
 def _needs_cost(args: argparse.Namespace) -> bool:
-    from megatron_mile.objectives import NEED_COST
-
     return args.mile_objective in NEED_COST
 
 
 def _is_fixed(args: argparse.Namespace) -> bool:
-    from megatron_mile.integration.arguments import OUTPUT_LAYER
-
     return bool(args.mile_emo_cost != OUTPUT_LAYER)
 
 
 def _table(args: argparse.Namespace) -> int:
     """Bytes of the table of all products; 0 if there is none."""
-    from megatron_mile.integration.emo_rows import TABLE_BYTES
-
     shard = args.padded_vocab_size // args.tensor_model_parallel_size
     table = args.padded_vocab_size * shard * args.params_dtype.itemsize
     return table if _is_fixed(args) and table <= TABLE_BYTES else 0
@@ -184,13 +181,8 @@ def _cost_width(args: argparse.Namespace) -> int:
 
 @functools.cache
 def _matrix_width(path: str) -> int:
-    from megatron_mile.errors import MileError
-    from megatron_mile.integration.cost_files import read_matrix
-
-    try:
+    with library_errors():
         return read_matrix(path).size(1)
-    except MileError as error:
-        raise ToolError(str(error)) from error
 
 
 def _formula(name: str, args: argparse.Namespace, changes: dict[str, Any], *more: Any) -> float:

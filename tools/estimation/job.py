@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from tools.common.cli import ToolError
-from tools.common.megatron import megatron_module
+from tools.common.megatron import megatron_module, silence_megatron
 
 _SIZES = Path(__file__).resolve().parents[2] / "examples" / "sizes"
 SIZES = tuple(sorted(path.stem for path in _SIZES.glob("*.sh")))
@@ -31,16 +31,8 @@ _IGNORED_VARIABLES = ("DATA_PATH", "MEGATRON_LM_DIR", "NNODES")
 # model in seconds, and every figure is finite.
 _LARGEST = {
     **dict.fromkeys(("num_layers", "recompute_num_layers", "tensor_model_parallel_size"), 1024),
-    **dict.fromkeys(
-        (
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "num_query_groups",
-            "kv_channels",
-        ),
-        10**6,
-    ),
+    **dict.fromkeys(("hidden_size", "ffn_hidden_size", "kv_channels"), 10**6),
+    **dict.fromkeys(("num_attention_heads", "num_query_groups"), 10**6),
     **dict.fromkeys(
         (
             *("vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by", "seq_length"),
@@ -96,6 +88,7 @@ def parse(flags: Sequence[str], ranks: int) -> argparse.Namespace:
     from megatron_mile import cpu_mode
     from megatron_mile.integration import arguments
 
+    silence_megatron()
     cpu_mode.enable()
     megatron = megatron_module("megatron.training.arguments")
     pad = megatron_module("megatron.training.vocab_utils").calculate_padded_vocab_size

@@ -68,12 +68,14 @@ def _is_whole(content: Mapping[str, Any]) -> bool:
     """Whether there are perplexities or scores, and all of them are numbers."""
     found = [content[key] for key in PERPLEXITIES if content.get(key) is not None]
     scores = content["harness"]["scores"] if "harness" in content else {}
-    metrics = [tasks.values() for shots, tasks in scores.items() if int(shots) >= 0]
-    values = [value for tasks in metrics for task in tasks for value in task.values()]
+    tasks = [task for tasks in scores.values() for task in tasks.values()]
+    metrics = [metric for task in tasks for metric in task.items()]
     return (
         ("ppl" in content or bool(scores))
         and all(_is_number(value) and value > 0.5 for value in found)  # rounding apart, at least 1
-        and all(map(_is_number, values))
+        and all(int(shots) >= 0 for shots in scores)
+        and all(_is_number(value) for _, value in metrics)
+        and all(value >= 0 for name, value in metrics if name.endswith("_stderr"))
     )
 
 

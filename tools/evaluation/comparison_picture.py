@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
 from tools.common.cli import ToolError
-from tools.common.picture import COLOURS, save
+from tools.common.picture import COLOURS, Bars, draw_groups, save
 from tools.evaluation.comparison import METRICS, PERPLEXITIES, Evaluation, common_scores, shots_of
 
 
@@ -47,7 +47,7 @@ def _draw_perplexities(axes: Axes, evaluations: Sequence[Evaluation]) -> None:
     keys = [key for key in PERPLEXITIES if any(one.content.get(key) for one in evaluations)]
     values = [[one.content.get(key) or np.nan for key in keys] for one in evaluations]
     names = [PERPLEXITIES[key] for key in keys]
-    _draw_groups(
+    _draw_bars(
         axes, evaluations, names, values, None, lambda ppl: f"{ppl:.{0 if ppl >= 1000 else 2}f}"
     )
     axes.set_yscale("log")
@@ -68,13 +68,13 @@ def _draw_scores(axes: Axes, evaluations: Sequence[Evaluation], shots: str) -> N
         [100 * (found[task].error or 0) if task in found else 0 for task in tasks]
         for found in scores
     ]
-    _draw_groups(axes, evaluations, tasks, values, errors, "{:.1f}".format)
+    _draw_bars(axes, evaluations, tasks, values, errors, "{:.1f}".format)
     axes.set_ylim(0, min(112, 1.25 * (np.nanmax(values) + np.max(errors))))
     axes.set_ylabel("score (%)")
     axes.set_title(f"{shots}-shot (higher is better; whiskers: one standard error)")
 
 
-def _draw_groups(
+def _draw_bars(
     axes: Axes,
     evaluations: Sequence[Evaluation],
     labels: Sequence[str],
@@ -82,23 +82,12 @@ def _draw_groups(
     errors: Sequence[Sequence[float]] | None,
     form: Callable[[float], str],
 ) -> None:
-    """Draw a group of bars for each label, one bar an evaluation, its value written at its end."""
-    width = 0.86 / len(evaluations)
-    size = max(4.0, min(9.0, 290 * width / len(labels)))
-    for index, one in enumerate(evaluations):
-        places = np.arange(len(labels)) + (index - (len(evaluations) - 1) / 2) * width
-        bars = axes.bar(
-            places,
-            values[index],
-            width * 0.92,
-            color=COLOURS[index % len(COLOURS)],
-            label=one.name,
-            yerr=errors[index] if errors else None,
-            error_kw={"elinewidth": 0.8, "ecolor": "black"},
-        )
-        texts = ["" if np.isnan(value) else form(value) for value in values[index]]
-        axes.bar_label(bars, texts, padding=2, fontsize=size)
-    axes.set_xticks(range(len(labels)), labels, fontsize=9)
+    rows = [
+        Bars(one.name, COLOURS[i % len(COLOURS)], values[i], errors[i] if errors else None)
+        for i, one in enumerate(evaluations)
+    ]
+    size = 250 / (len(rows) * len(labels))
+    draw_groups(axes, labels, rows, form, max(4.0, min(9.0, size)))
+    axes.tick_params(axis="x", labelsize=9)
     if len(labels) > 6:
         plt.setp(axes.get_xticklabels(), rotation=20, ha="right")
-    axes.spines[["top", "right"]].set_visible(False)

@@ -22,25 +22,27 @@ from tools.data.frequency_buckets import BUCKETS, load_buckets
 from tools.data.pair_reader import open_pair
 
 
-def windows(prefix: str, length: int) -> Iterator[np.ndarray]:
-    """Cut the tokens of a pair into windows [length + 1] that share their border token."""
-    dataset, tokens = open_pair(prefix)
+def batches(dataset: Any, tokens: int, length: int, size: int) -> Iterator[torch.Tensor]:
+    """Cut the tokens of a pair into windows that share their border tokens.
+
+    Args:
+        dataset: from `open_pair`.
+        tokens: in all.
+        length: tokens that are predicted in a window.
+        size: windows at a time.
+
+    Yields:
+        Windows [b, length + 1], int64, b up to `size`; last, what is left over, [1, s + 1].
+    """
     dtype = np.dtype(dataset.index.dtype)
-    for start in range(0, tokens - 1, length):
-        size = min(length + 1, tokens - start)
-        yield dataset.bin_reader.read(dtype, size, start * dtype.itemsize).astype(np.int64)
-
-
-def batches(prefix: str, length: int, size: int) -> Iterator[torch.Tensor]:
-    """Stack up to `size` windows of equal length into int64 tensors [b, s + 1]."""
-    waiting: list[np.ndarray] = []
-    for window in windows(prefix, length):
-        if waiting and (len(waiting) == size or len(window) != len(waiting[0])):
-            yield torch.from_numpy(np.stack(waiting))
-            waiting = []
-        waiting.append(window)
-    if waiting:
-        yield torch.from_numpy(np.stack(waiting))
+    for start in range(0, tokens - 1, length * size):
+        count = min(length * size, tokens - 1 - start)
+        read = dataset.bin_reader.read(dtype, count + 1, start * dtype.itemsize)
+        block, rest = torch.from_numpy(read.astype(np.int64)), count % length
+        if count > rest:
+            yield block[: count - rest + 1].unfold(0, length + 1, length)
+        if rest:
+            yield block[count - rest :][None]
 
 
 @torch.no_grad()
@@ -92,7 +94,7 @@ def perplexity(
     """
     device = choose_device(cpu)
     buckets = load_buckets(token_frequency) if token_frequency else None
-    _, tokens = open_pair(data_prefix)
+    dataset, tokens = open_pair(data_prefix)
     if tokens < 2:
         raise ToolError(f"{data_prefix}.bin: {tokens} tokens; expected at least 2")
     folder = checkpoint_folder(load, step)
@@ -104,7 +106,8 @@ def perplexity(
             f"{loaded.args.padded_vocab_size}; give the tokenizer's own frequencies"
         )
     with tqdm(total=tokens - 1, unit="token", unit_scale=True, disable=None) as bar:
-        sums, counts = _sum_by_bucket(loaded, data_prefix, buckets, limit, batch_size, bar)
+        stream = batches(dataset, tokens, loaded.args.seq_length, batch_size)
+        sums, counts = _sum_by_bucket(loaded, stream, data_prefix, buckets, limit, bar)
     result = {
         "checkpoint": str(load),
         "iteration": loaded.iteration,
@@ -124,15 +127,15 @@ def perplexity(
 
 def _sum_by_bucket(
     loaded: LoadedModel,
+    stream: Iterator[torch.Tensor],
     prefix: str,
     buckets: np.ndarray | None,
     limit: int,
-    batch_size: int,
     bar: tqdm,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return summed nats and numbers of tokens per bucket, [3] fp64 and int64."""
     sums, counts = np.zeros(len(BUCKETS)), np.zeros(len(BUCKETS), dtype=np.int64)
-    for batch in batches(prefix, loaded.args.seq_length, batch_size):
+    for batch in stream:
         if not 0 <= int(batch.min()) <= int(batch.max()) < limit:
             raise ToolError(
                 f"{prefix}.bin: token ids {batch.min()} to {batch.max()} do not fit "

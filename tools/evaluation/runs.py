@@ -16,7 +16,7 @@ from tools.common.cli import ToolError
 from tools.common.files import read_json
 from tools.evaluation.comparison import PERPLEXITIES, read_evaluation
 
-RECORD, EVALUATION = "run_record.json", "evaluation.json"
+EVALUATION = "evaluation.json"
 _EVENTS = "events.out.tfevents.*"
 # Flags that differ between runs whatever they are.
 _PLACES = ("--save", "--load", "--tensorboard-dir", "--data-cache-path")
@@ -137,6 +137,8 @@ def _evaluation(folder: Path) -> dict[str, float] | None:
 
 
 def _records(run: Path) -> list[Path]:
+    from megatron_mile.run_record.record import RECORD  # the import takes seconds
+
     return [path for path in (run / RECORD, *run.glob(f"*/{RECORD}")) if path.is_file()]
 
 

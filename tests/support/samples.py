@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import zstandard
 from safetensors.torch import save_file
-from tool_forker import ToolForker
 
+from support.tool_forker import ToolForker
 from tools.checkpoint.hf_config import from_hugging_face
 from tools.checkpoint.llama import Form, weights
 from tools.checkpoint.torch_dist import COMMON, Checkpoint, write_checkpoint
@@ -124,6 +124,22 @@ COMMANDS = {
         ),
         ("--micro-batch-size", "--ckpt-step", "--shots"),
     ),
+    "convert to hf": Command(
+        "convert_checkpoint",
+        ("--to", "hf", "--load", "model", "--tokenizer-model", "tok"),
+        ("--output", "new"),
+        (*_CHECKPOINT, "model/latest_checkpointed_iteration.txt", *_TOKENIZER),
+        ("--vocab-size", "--ckpt-step"),
+        ("/config.json", "/model.safetensors", "/megatron_padding.safetensors", "/tokenizer.json"),
+    ),
+    "convert to megatron": Command(
+        "convert_checkpoint",
+        ("--to", "megatron", "--load", "llama"),
+        ("--output", "new"),
+        ("llama/config.json", "llama/model.safetensors", "llama/tokenizer.json"),
+        (),
+        ("/release/__0_0.distcp", "/release/metadata.json"),
+    ),
     "compare": Command(
         "evaluate",
         ("--compare", "runs/ce/evaluation.json", "runs/mile/evaluation.json"),
@@ -154,12 +170,12 @@ def make(folder: Path, texts: list[str], forker: ToolForker) -> Path:
     """
     folder.mkdir()
     _write_texts(folder, [text[:400] for text in texts if text.isascii()][:LINES])
-    _write_model(folder / "hf")
-    convert = ("--to", "megatron", "--load", "hf", "--output", "model")
-    assert forker.run("convert_checkpoint", convert, folder).code == 0
-    shutil.rmtree(folder / "hf")
     tokenizer = ("--input", "in.jsonl", "--vocab-size", VOCABULARY, "--output", "tok")
     assert forker.run("train_tokenizer", tokenizer, folder).code == 0
+    shutil.copytree(folder / "tok", folder / "llama")
+    _write_model(folder / "llama")
+    convert = ("--to", "megatron", "--load", "llama", "--output", "model")
+    assert forker.run("convert_checkpoint", convert, folder).code == 0
     flags = ("--input", "in.jsonl", "--output-prefix", "d", "--append-eod", *HF)
     assert forker.run("preprocess_data", flags, folder).code == 0
     pile = ("--input", "pile.jsonl", "--output-prefix", "pile/p", "--split-domains", *HF)
@@ -192,7 +208,6 @@ def _write_texts(folder: Path, texts: list[str]) -> None:
 
 def _write_model(folder: Path) -> None:
     """Write an untrained LLaMA model, far from uniform, as a Hugging Face folder."""
-    folder.mkdir()
     (folder / "config.json").write_text(json.dumps(MODEL_CONFIG))
     model = from_hugging_face(MODEL_CONFIG).model
     torch.manual_seed(1)

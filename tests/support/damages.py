@@ -11,9 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import samples
 from hypothesis import strategies as st
-from samples import Command
+
+from support import samples
+from support.samples import Command
 
 WHOLE = (
     *(b"", b"null", b"[]", b"{}", b"3", b'"a"', b"\xff\xfe\x00", b"\n\n", b"0" * 5000),
@@ -40,7 +41,8 @@ BENT = (
     *("params_dtype", "untie_embeddings_and_output_weights", "num_query_groups", "swiglu"),
     *("group_query_attention", "add_bias_linear", "num_experts", "mtp_num_layers"),
     *("layernorm_epsilon", "rotary_base", "rotary_percent", "hybrid_layer_pattern"),
-    *("qk_layernorm", "tokenizer_type", "common.iteration", "common.args"),
+    *("qk_layernorm", "common.iteration", "common.args", "attention_dropout", "use_mup"),
+    *("tokenizer_type", "tokenizer_model", "special_tokens", "make_vocab_size_divisible_by"),
 )
 
 
@@ -83,7 +85,7 @@ def cases(command: Command) -> st.SearchStrategy[Case]:
         kinds.append(_case("json gone", st.sampled_from(texts), _PLACES))
     if indices := [name for name in command.inputs if name.endswith(".idx")]:
         kinds.append(_case("header", st.sampled_from(indices), value=_HEADER_FIELDS))
-    if "--load" in command.flags:
+    if "model" in command.flags:
         kinds += 3 * [_case("bend", st.sampled_from(BENT), value=values)]
         kinds.append(_case("bend gone", st.sampled_from(BENT)))
     return st.one_of(kinds)
@@ -128,7 +130,7 @@ def _make_output(name: str, command: Command, folder: Path) -> str:
         return name.format(command.output[1])
     # A file that the command would write, under another name.
     path = folder / f"other{command.suffixes[0]}{Path(command.output[1]).suffix}"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if kind:
         path.hardlink_to(folder / given)
     else:
