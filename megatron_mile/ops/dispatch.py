@@ -1,6 +1,9 @@
 """Which implementation of the token statistics, EMO's too, runs, and why."""
 
 import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -69,6 +72,21 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         from megatron_mile.ops.token_stats import kernel
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
-    if device.type != "cuda" and not kernel.INTERPRETED:
+    if kernel.INTERPRETED:
+        return None
+    if device.type != "cuda":
         return "TRITON_INTERPRET=1 was set after Triton had been imported"
+    return _compiler_obstacle()
+
+
+def _compiler_obstacle() -> str | None:
+    """Return why Triton cannot build what launches its kernels: a C extension of Python.
+
+    It would raise in the first forward. The compilers are those that Triton looks for.
+    """
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(shutil.which(name) for name in names):
+        return f"Triton finds no C compiler ({', '.join(names)}): install gcc, or set CC to one"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Triton finds no Python.h: install the headers of this Python (python3-dev)"
     return None

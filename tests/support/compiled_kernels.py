@@ -134,8 +134,8 @@ def _widths(body: list[Instruction], name: str) -> list[int]:
     return sorted(int(width[1].lstrip("US")) if width else 32 for width in found)
 
 
-def compiled(chip: int, cases: dict[str, Callable[[], None]]) -> Iterator[tuple[str, Any, int]]:
-    """Yield (case, compiled kernel, grid) of every launch that the cases make on such a chip."""
+def compiled(chip: int, cases: dict[str, Callable[[], None]]) -> Iterator[tuple[str, Any]]:
+    """Yield (case, compiled kernel) of every launch that the cases make on such a chip."""
     found: list[Any] = []
     with _compiling_only(chip, found):
         for name, run in cases.items():
@@ -177,10 +177,12 @@ def cases(dtype: str, columns: int) -> dict[str, Callable[[], None]]:
     from megatron_mile.ops.token_stats import kernel
 
     logits = torch.empty(ROWS, columns, dtype=_DTYPES[dtype])
+    # Megatron pads the vocabulary; the padding may be masked.
+    padded = torch.empty(ROWS, -columns // 128 * -128, dtype=_DTYPES[dtype])[:, :columns]
     targets, scale = torch.empty(ROWS, dtype=torch.int64), torch.empty(columns)
     row = torch.empty(ROWS)
     pair, triple = Coefficients(row, row), Coefficients(row, row, row)
-    block = (logits, logits, scale, targets)
+    block = (padded, padded, scale, targets)
 
     def backward(coefficients: Coefficients) -> Callable[[], None]:
         return lambda: kernel.token_stats_backward(logits, targets, row, coefficients, logits)
@@ -190,7 +192,7 @@ def cases(dtype: str, columns: int) -> dict[str, Callable[[], None]]:
         "backward": backward(pair),
         "backward, tilted": backward(triple),
         "emo forward": lambda: emo.emo_stats(*block),
-        "emo backward": lambda: emo.emo_stats_backward(*block, row, row, triple, logits),
+        "emo backward": lambda: emo.emo_stats_backward(*block, row, row, triple, padded),
     }
 
 
