@@ -64,6 +64,8 @@ class Code(NamedTuple):
     stores: list[int]
     fp64: int
     """Instructions in fp64, in the loop."""
+    nan: int
+    """Instructions in the loop that pass NaN on where others would drop it."""
     per_logit: float
     """Instructions of a thread on the shortest way round the loop, by the logits it handles."""
 
@@ -81,6 +83,7 @@ def read(cubin: bytes, logits: float, **names: Any) -> Code:
         loads=_widths(body, "LDG"),
         stores=_widths(body, "STG"),
         fp64=sum(bool(_FP64.match(i.name)) for i in body),
+        nan=sum(".NAN" in i.name for i in body),
         per_logit=round(_shortest(body) / logits, 2),
         **names,
     )
