@@ -1,6 +1,10 @@
 """Which implementation of the token statistics, EMO's too, runs, and why."""
 
+import functools
 import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -71,4 +75,19 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"Triton cannot be imported ({error})"
     if device.type != "cuda" and not kernel.INTERPRETED:
         return "TRITON_INTERPRET=1 was set after Triton had been imported"
+    # torch.compile cannot look for files, and needs a compiler of its own.
+    return None if kernel.INTERPRETED or torch.compiler.is_compiling() else _compiler_obstacle()
+
+
+@functools.cache
+def _compiler_obstacle() -> str | None:
+    """Return why Triton cannot build what launches its kernels: a C extension of Python.
+
+    It would raise in the first forward. The compilers are those that Triton looks for.
+    """
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(shutil.which(name) for name in names):
+        return f"Triton finds no C compiler ({', '.join(names)}): install gcc, or set CC to one"
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+        return "Triton finds no Python.h: install the headers of this Python (python3-dev)"
     return None

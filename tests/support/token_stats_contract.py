@@ -336,8 +336,9 @@ class Contract:
                 plain_torch(logits, targets),
             )
         ]
-        # fp32 statistics see 1 - p_y as the difference of numbers of size 1, as torch does; in half
-        # precision the result is the truth, rounded once.
-        units = {torch.float64: 1e5, torch.float32: 1e4, torch.bfloat16: 0.51, torch.float16: 0.51}
+        # fp32 statistics see 1 - p_y as the difference of numbers of size 1, as torch does; in bf16
+        # the result is the truth, rounded once. fp16 is fine enough to show the statistics'
+        # rounding: the kernel's, of 2.5e-7, are a quarter of its last place.
+        units = {torch.float64: 1e5, torch.float32: 1e4, torch.bfloat16: 0.51, torch.float16: 0.75}
         assert off[0] <= units[dtype] * torch.finfo(dtype).eps
         assert off[0] <= off[1] or dtype == torch.float64  # where torch is the truth

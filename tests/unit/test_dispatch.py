@@ -1,6 +1,9 @@
 """Which implementation is picked, and what is said about it."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +42,30 @@ def test_select_gives_the_reference_for_torch() -> None:
         implementation, reason = dispatch.select("torch", device)
         assert implementation is reference
         assert reason == f"plain torch on {device.type}: asked for"
+
+
+# In a process of its own, because the kernels of this one may be interpreted.
+SELECT = """
+import torch
+from megatron_mile.ops import dispatch
+print(dispatch.select("auto", torch.device("cuda"))[1])
+dispatch.select("triton", torch.device("cuda"))
+"""
+
+
+@pytest.mark.parametrize("compiler", [None, "no-such-cc"])
+def test_select_finds_a_missing_c_compiler(compiler: str | None, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("CC", None)
+    if compiler is not None:
+        environment["CC"] = compiler
+    command = [sys.executable, "-c", SELECT]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    names = compiler or "gcc, clang"
+    obstacle = f"Triton finds no C compiler ({names}): install gcc, or set CC to one"
+    assert run.stdout.strip() == f"plain torch on cuda: {obstacle}"
+    assert f"ValueError: backend is 'triton', but {obstacle}; use auto or torch" in run.stderr
 
 
 @pytest.mark.usefixtures("_no_triton")

@@ -23,16 +23,51 @@ from megatron_mile.ops.token_stats.kernel import token_stats
 
 _MINUS_INF = tl.constexpr(-torch.inf)
 _PROPAGATE = tl.constexpr(tl.PropagateNan.ALL)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_TILES = 4  # of a program of the backward: enough to pay for its start
+# They may differ from step to step; a kernel must not be compiled again then.
+_INTEGERS = ("rows", "columns", "tiles")
 
 
 @triton.jit
+def _tile(
+    logits: tl.tensor,
+    step: tl.tensor,
+    products: tl.tensor,
+    products_step: tl.tensor,
+    scale: tl.tensor,
+    anchor: tl.tensor,
+    cells: tl.tensor,
+    inside: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return e^(z-m) and c of a row's cells; 0 and 1 where not inside, and nothing is read."""
+    place = logits + cells.to(tl.int64) * step
+    z = tl.load(place, mask=inside, other=_MINUS_INF).to(tl.float32)
+    place = products + cells.to(tl.int64) * products_step
+    product = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    cosine = product * tl.load(scale + cells, mask=inside, other=0.0)
+    exps = tl.exp2((z - anchor) * _LOG2_E)
+    return exps, tl.clamp(1.0 - cosine, 0.0, 2.0, propagate_nan=_PROPAGATE)
+
+
+@triton.jit
+def _without_target(
+    exps: tl.tensor, target: tl.tensor, first: tl.tensor, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """Return the exponentials of the tile from `first` on, 0 at the target."""
+    if (target >= first) & (target < first + BLOCK):  # all threads go the same way
+        exps = tl.where(tl.arange(0, BLOCK) == target - first, 0.0, exps)
+    return exps
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def emo_fwd_kernel(
     logits: tl.tensor,  # [n, V] fp32, bf16 or fp16, read-only
-    row_stride: tl.tensor,  # in elements, as all strides
-    column_stride: tl.tensor,
+    row_step: tl.tensor,  # between rows, in elements, as all steps
+    step: tl.tensor,  # between columns
     products: tl.tensor,  # [n, V] fp32, bf16 or fp16, read-only
-    products_row_stride: tl.tensor,
-    products_column_stride: tl.tensor,
+    products_row_step: tl.tensor,
+    products_step: tl.tensor,
     scale: tl.tensor,  # [V] fp32, read-only
     targets: tl.tensor,  # [n] int64, read-only; negative: not in this shard
     maxima: tl.tensor,  # [n] fp32, read-only: m
@@ -43,39 +78,63 @@ def emo_fwd_kernel(
 ) -> None:
     """Write (R, C) of one row, tile after tile; lanes are added once, at the end, in fp64."""
     row = tl.program_id(0).to(tl.int64)
+    logits += row * row_step
+    products += row * products_row_step
     lanes = tl.arange(0, BLOCK)
     m = tl.load(maxima + row)
     anchor = tl.where(m == _MINUS_INF, 0.0, m)
-    target = tl.load(targets + row)
+    target = tl.load(targets + row).to(tl.int32)
     rest = tl.zeros([BLOCK], tl.float32)
     cost = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, columns, BLOCK):
-        cells = (first + lanes).to(tl.int64)
-        inside = cells < columns
-        place = logits + row * row_stride + cells * column_stride
-        z = tl.load(place, mask=inside, other=_MINUS_INF).to(tl.float32)
-        place = products + row * products_row_stride + cells * products_column_stride
-        product = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        cosine = product * tl.load(scale + cells, mask=inside, other=0.0)
-        exps = tl.where(cells == target, 0.0, tl.exp(z - anchor))
+    full = columns // BLOCK * BLOCK
+    for first in range(0, full, BLOCK):
+        cells = first + lanes
+        exps, costs = _tile(logits, step, products, products_step, scale, anchor, cells, True)
+        exps = _without_target(exps, target, first, BLOCK)
         rest += exps
-        cost += exps * tl.clamp(1.0 - cosine, 0.0, 2.0, propagate_nan=_PROPAGATE)
+        cost += exps * costs
+    if full < columns:
+        cells = full + lanes
+        inside = cells < columns
+        exps, costs = _tile(logits, step, products, products_step, scale, anchor, cells, inside)
+        exps = _without_target(exps, target, full, BLOCK)
+        rest += exps
+        cost += exps * costs
     tl.store(sums + row, tl.sum(rest.to(tl.float64), 0))
     tl.store(sums + rows + row, tl.sum(cost.to(tl.float64), 0))
 
 
 @triton.jit
+def _gradient(
+    exps: tl.tensor,
+    costs: tl.tensor,
+    distance: tl.tensor,
+    flat: tl.tensor,
+    peak: tl.tensor,
+    tilt: tl.tensor,
+    target: tl.tensor,
+    first: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """Return the gradient of the tile from `first` on."""
+    value = exps * (flat + tilt * (costs - distance))
+    if (target >= first) & (target < first + BLOCK):
+        value = tl.where(tl.arange(0, BLOCK) == target - first, peak, value)
+    return value
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def emo_bwd_kernel(
     logits: tl.tensor,  # [n, V] fp32, bf16 or fp16, read-only unless it is grad
-    row_stride: tl.tensor,
-    column_stride: tl.tensor,
+    row_step: tl.tensor,
+    step: tl.tensor,  # between columns
     products: tl.tensor,  # [n, V] fp32, bf16 or fp16, read-only unless it is grad
-    products_row_stride: tl.tensor,
-    products_column_stride: tl.tensor,
+    products_row_step: tl.tensor,
+    products_step: tl.tensor,
     scale: tl.tensor,  # [V] fp32, read-only
     grad: tl.tensor,  # [n, V] in the logits' dtype, written; may be the logits or the products
-    grad_row_stride: tl.tensor,
-    grad_column_stride: tl.tensor,
+    grad_row_step: tl.tensor,
+    grad_step: tl.tensor,
     targets: tl.tensor,  # [n] int64, read-only
     maxima: tl.tensor,  # [n] fp32, read-only: m
     distances: tl.tensor,  # [n] fp32, read-only: D
@@ -83,29 +142,42 @@ def emo_bwd_kernel(
     peaks: tl.tensor,
     tilts: tl.tensor,
     columns: tl.tensor,  # V
+    tiles: tl.tensor,  # of a program
     BLOCK: tl.constexpr,
 ) -> None:
-    """Write one tile of a row: e^(z-m) * (flat + tilt * (c - D)), and peak at the target."""
+    """Write a part of a row: e^(z-m) * (flat + tilt * (c - D)), and peak at the target."""
     row = tl.program_id(0).to(tl.int64)
-    cells = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    inside = cells < columns
+    logits += row * row_step
+    products += row * products_row_step
+    grad += row * grad_row_step
+    lanes = tl.arange(0, BLOCK)
     m = tl.load(maxima + row)
     flat = tl.load(flats + row)
     peak = tl.load(peaks + row)
     tilt = tl.load(tilts + row)
-    place = logits + row * row_stride + cells * column_stride
-    z = tl.load(place, mask=inside, other=_MINUS_INF).to(tl.float32)
-    place = products + row * products_row_stride + cells * products_column_stride
-    product = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    cosine = product * tl.load(scale + cells, mask=inside, other=0.0)
-    cost = tl.clamp(1.0 - cosine, 0.0, 2.0, propagate_nan=_PROPAGATE)
-    value = tl.exp(z - tl.where(m == _MINUS_INF, 0.0, m))
-    value *= flat + tilt * (cost - tl.load(distances + row))
-    value = tl.where(cells == tl.load(targets + row), peak, value)
-    # A select, because 0 * NaN of a row's logits is NaN.
-    value = tl.where((flat == 0) & (peak == 0) & (tilt == 0), 0.0, value)
-    place = grad + row * grad_row_stride + cells * grad_column_stride
-    tl.store(place, value.to(grad.dtype.element_ty), mask=inside)
+    is_zero = (flat == 0) & (peak == 0) & (tilt == 0)
+    # Where all are 0 nothing is read; 0 * NaN of it would be NaN.
+    wanted = is_zero == 0
+    anchor = tl.where(is_zero | (m == _MINUS_INF), 0.0, m)
+    distance = tl.where(is_zero, 0.0, tl.load(distances + row))
+    target = tl.load(targets + row).to(tl.int32)
+    begin = tl.program_id(1) * tiles * BLOCK
+    end = tl.minimum(begin + tiles * BLOCK, columns)
+    full = begin + (end - begin) // BLOCK * BLOCK
+    for first in range(begin, full, BLOCK):
+        cells = first + lanes
+        exps, costs = _tile(logits, step, products, products_step, scale, anchor, cells, wanted)
+        value = _gradient(exps, costs, distance, flat, peak, tilt, target, first, BLOCK)
+        place = grad + cells.to(tl.int64) * grad_step
+        tl.store(place, value.to(grad.dtype.element_ty))
+    if full < end:
+        cells = full + lanes
+        inside = cells < columns
+        read = inside & wanted
+        exps, costs = _tile(logits, step, products, products_step, scale, anchor, cells, read)
+        value = _gradient(exps, costs, distance, flat, peak, tilt, target, full, BLOCK)
+        place = grad + cells.to(tl.int64) * grad_step
+        tl.store(place, value.to(grad.dtype.element_ty), mask=inside)
 
 
 # Whether the kernels run in Triton's interpreter, on tensors of any device.
@@ -158,7 +230,7 @@ def emo_stats_backward(
     rows, columns = logits.shape
     block, warps = _launch_size(columns)
     with torch.cuda.device_of(logits):
-        emo_bwd_kernel[(rows, triton.cdiv(columns, block))](
+        emo_bwd_kernel[(rows, triton.cdiv(columns, _TILES * block))](
             logits,
             *logits.stride(),
             products,
@@ -171,6 +243,7 @@ def emo_stats_backward(
             distance.contiguous(),
             *coefficients.map(torch.Tensor.contiguous),
             columns,
+            _TILES,
             BLOCK=block,
             num_warps=warps,
         )
