@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.loss import TokenLoss, check_dtypes, valid_targets, weigh_shard
+from megatron_mile.loss import TokenLoss, check_dtypes, weigh_shard
 from megatron_mile.nodes import first_order
 from megatron_mile.ops import dispatch
-from megatron_mile.ops.blocks import Coefficients
+from megatron_mile.ops.per_token import beside
 from megatron_mile.parallel import ProcessGroup, group_size
 from megatron_mile.parallel.hidden import gather_sequence, start_reduce
 from megatron_mile.parallel.vocab import VocabShard
@@ -34,6 +34,7 @@ class _Settings(NamedTuple):
     shard: VocabShard
     chunk_tokens: int
     sequence_parallel: bool
+    ignore_index: int
 
 
 def linear_token_loss(
@@ -82,13 +83,9 @@ def linear_token_loss(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; expected 1 or more")
     shard = VocabShard.of(weight.size(0), vocab_range, tp_group, vocab_size)
-    local, valid = shard.local(targets), valid_targets(targets, ignore_index)
-    settings = _Settings(config, shard, chunk_tokens, sequence_parallel)
+    settings = _Settings(config, shard, chunk_tokens, sequence_parallel, ignore_index)
     main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
-    loss, nll, entropy, weights = _LinearLoss.apply(
-        hidden, weight, local, valid, settings, main_grad
-    )
-    return TokenLoss(loss, nll, entropy, weights, valid)
+    return TokenLoss(*_LinearLoss.apply(hidden, weight, targets, settings, main_grad))
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -100,34 +97,38 @@ class _LinearLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor,
-        valid: torch.Tensor,
         settings: _Settings,
         main_grad: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        """Return (loss, nll, entropy, weight), each of the targets' shape."""
+        """Return (loss, nll, entropy, weight, valid), each of the targets' shape."""
+        ctx.set_materialize_grads(False)
         ctx.settings, ctx.main_grad = settings, main_grad
-        config, device = settings.config, hidden.device
-        ctx.implementation, _ = dispatch.select(config.backend, device, hidden.dtype)
-        rows, flat_targets = _rows(hidden, settings), targets.flatten()
+        config, shard = settings.config, settings.shard
+        ctx.implementation, _ = dispatch.select(config.backend, hidden.device, hidden.dtype)
+        ctx.per_token = beside(ctx.implementation)
+        local, valid = ctx.per_token.locate(targets, shard.start, shard.end, settings.ignore_index)
+        rows, flat_targets = _rows(hidden, settings), local.flatten()
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         stats = hidden.new_empty(4, *targets.shape, dtype=dtype)
         for block, logits in _blocks(rows, weight, settings):
             part = ctx.implementation.token_stats(logits, flat_targets[block])
             stats.view(4, -1)[:, block] = part
-        fields, coefficients = weigh_shard(stats, valid, config, settings.shard)
-        ctx.save_for_backward(hidden, weight, targets, stats[0], coefficients)
+        fields, coefficients = weigh_shard(ctx.per_token, stats, valid, config, shard)
+        ctx.save_for_backward(hidden, weight, local, stats[0], coefficients)
         loss, *others = fields.unbind()
-        ctx.mark_non_differentiable(*others)
-        return loss, *others
+        ctx.mark_non_differentiable(*others, valid)
+        return loss, *others, valid
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of hidden and weight in their dtypes."""
+        if grad is None:
+            return None, None, None, None, None
         hidden, weight, targets, m, coefficients = ctx.saved_tensors
         settings: _Settings = ctx.settings
         rows = _rows(hidden, settings)
-        scaled = Coefficients.scaled(coefficients, grad, m.dtype).map(torch.flatten)
+        scaled = ctx.per_token.scale(coefficients, grad, m.dtype).map(torch.flatten)
         flat_targets, maxima = targets.flatten(), m.flatten()
         d_rows = rows.new_empty(rows.shape)
         d_weight = _accumulator(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
@@ -141,7 +142,7 @@ class _LinearLoss(torch.autograd.Function):
                 reduced = start_reduce(d_hidden, settings.shard.group, settings.sequence_parallel)
             if d_weight is not None:
                 _add_product(d_weight[: settings.shard.columns], d_logits, rows[block])
-        return reduced(), _finished(d_weight, weight, ctx.main_grad), None, None, None, None
+        return reduced(), _finished(d_weight, weight, ctx.main_grad), None, None, None
 
 
 def _rows(hidden: torch.Tensor, settings: _Settings) -> torch.Tensor:
