@@ -37,7 +37,8 @@ class CostRows:
 
     A row of zeros (padding), or of a norm whose square underflows, has the cost 1 with every other.
     The rows never get a gradient. Every loss takes them as they are when their norms are
-    taken, at `fetch`, where fp16 and fp64 are copied. Products of them run in their dtype.
+    taken, at `fetch`, where fp16 and fp64 are copied; norms are taken anew each time, because no
+    tensor tells whether an optimizer has written to it. Products of them run in their dtype.
 
     Raises:
         ValueError: The rows are no floating matrix.
@@ -58,6 +59,15 @@ class CostRows:
         self.table: tuple[torch.Tensor, torch.Tensor] | None = None
         """Products of the vocabulary's unit rows with this shard's, [V, V/tp], and the scale of the
         latter, [V/tp], if `tabulate` has made them."""
+        self._scaled: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def keep_norms(self) -> CostRows:
+        """Take the norms once, and return this object; for a fixed matrix.
+
+        The rows must stay as they are from here on; in fp16 and fp64 they are copied.
+        """
+        self._scaled = _with_scale(self.rows)
+        return self
 
     def tabulate(
         self, tp_group: ProcessGroup | None = None, vocab_range: tuple[int, int] | None = None
@@ -99,7 +109,7 @@ class CostRows:
             ids = targets.flatten().long().clamp(0, len(self.table[0]) - 1)
             return TargetCosts(self, targets.shape, *self.table, ids=ids)
         shard = VocabShard.of(len(self.rows), vocab_range, tp_group)
-        rows, scale = _with_scale(self.rows)
+        rows, scale = self._scaled or _with_scale(self.rows)
         columns = columns_of(targets.flatten(), shard.start, shard.end)
         waiting = start_lookup(rows, scale, columns, shard.group)
         return TargetCosts(self, targets.shape, rows, scale, wait=waiting)
@@ -275,5 +285,5 @@ class EmoLoss(torch.autograd.Function):
             ctx.costs.scale[:columns].to(m.dtype),
             out[inside],
         )
-        out[..., columns:] = 0
+        out[..., columns:].zero_()
         return out, None, None, None

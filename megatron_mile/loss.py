@@ -177,7 +177,7 @@ class _WeightedLoss(torch.autograd.Function):
         ctx.implementation.token_stats_backward(
             logits[inside], local, m, scaled, out[inside], ctx.consumed
         )
-        out[..., columns:] = 0
+        out[..., columns:].zero_()
         return out, None, None
 
 

@@ -285,8 +285,7 @@ class _Reduction:
         if not _is_training(window, output_tensor) or kwargs.get("non_loss_data"):
             return loss_func(output_tensor, *args, **kwargs)
         stats = window.take(model, self.config, output_tensor)
-        unowned = stats.nll.isnan() > stats.entropy.isnan()  # the one and not the other
-        probe = torch.where(unowned, 0, output_tensor.detach()).requires_grad_()
+        probe = _without_unowned(output_tensor.detach(), stats.entropy).requires_grad_()
         # A copy, because the host may work in place.
         loss, *count, report = _results(loss_func(probe.clone(), *args, **kwargs))
         share = _share(loss, probe)
@@ -302,7 +301,7 @@ class _Reduction:
         has_other_leaves = _has_other_leaves(loss, probe)
         # Only now, because the ranks meet here. A later step in which something is broken ends in
         # NaN, because a look at it would wait for the device.
-        alpha = torch.where(sums[-2:].any(), torch.nan, waiting())
+        alpha = waiting().masked_fill_(sums[-2:].any(), torch.nan)
         trained = alpha * losses
         value = trained if whole is None else trained * whole
         total = _Objective.apply(output_tensor, share, alpha, value)
@@ -319,6 +318,15 @@ def differentiated(*tensors: Any) -> bool:
 
 def _is_training(window: Window, output: Any) -> bool:
     return differentiated(output) or (torch.is_grad_enabled() and window.trained is not None)
+
+
+def _without_unowned(nll: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+    """The losses with 0 in place of the NaN of targets that no shard held.
+
+    Where the logits are NaN the entropy is too, so that those stay NaN.
+    """
+    finite = nll.nan_to_num(nan=0, posinf=torch.inf, neginf=-torch.inf)
+    return finite.add_(entropy, alpha=0)
 
 
 def _results(results: Any) -> tuple[Any, ...]:

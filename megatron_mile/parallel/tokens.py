@@ -82,7 +82,7 @@ def start_normaliser(
 
 def _ratio(sums: torch.Tensor) -> torch.Tensor:
     """Return sums[0] / sums[1], 1 where either is 0."""
-    return torch.where((sums == 0).any(), 1, sums[0] / sums[1])
+    return (sums[0] / sums[1]).masked_fill_((sums == 0).any(), 1)
 
 
 def sum_over_ranks(sums: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
