@@ -24,7 +24,10 @@ from megatron_mile.parallel import ProcessGroup, group_size
 from megatron_mile.parallel.hidden import gather_sequence, start_reduce
 from megatron_mile.parallel.vocab import VocabShard
 
-CHUNK_TOKENS = 1024
+# How large a block of logits is, where nobody says otherwise. The more tokens it has, the less
+# often is d weight, [V/tp, H] in fp32, read and written; two CPU cores gain nothing from more.
+_GPU_BLOCK_BYTES = 1 << 29
+_CPU_BLOCK_BYTES = 1 << 27
 
 
 class _Settings(NamedTuple):
@@ -45,7 +48,7 @@ def linear_token_loss(
     tp_group: ProcessGroup | None = None,
     vocab_range: tuple[int, int] | None = None,
     ignore_index: int = -100,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
     gradient_accumulation_fusion: bool = False,
@@ -65,7 +68,8 @@ def linear_token_loss(
         tp_group: As in `token_loss`.
         vocab_range: As in `token_loss`.
         ignore_index: As in `token_loss`.
-        chunk_tokens: Tokens whose logits exist at a time, >= 1.
+        chunk_tokens: Tokens whose logits exist at a time, >= 1; None for as many as `block_tokens`
+            says.
         vocab_size: As in `token_loss`.
         sequence_parallel: Gather `hidden` over the group along its first dimension, in the forward
             and again in the backward, and scatter its gradient likewise.
@@ -80,12 +84,30 @@ def linear_token_loss(
     if config.definition.needs_cost:
         raise ValueError(f"objective {config.objective} has no form without logits; use token_loss")
     _check_tensors(hidden, weight, targets, group_size(tp_group) if sequence_parallel else 1)
+    if chunk_tokens is None:
+        chunk_tokens = block_tokens(weight.size(0), weight.itemsize, weight.device)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; expected 1 or more")
     shard = VocabShard.of(weight.size(0), vocab_range, tp_group, vocab_size)
     settings = _Settings(config, shard, chunk_tokens, sequence_parallel, ignore_index)
     main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
     return TokenLoss(*_LinearLoss.apply(hidden, weight, targets, settings, main_grad))
+
+
+def block_bytes(device: torch.device) -> int:
+    """Return how many bytes of logits exist at a time."""
+    return _CPU_BLOCK_BYTES if device.type == "cpu" else _GPU_BLOCK_BYTES
+
+
+def block_tokens(columns: int, itemsize: int, device: torch.device) -> int:
+    """Return how many tokens' logits these are, a multiple of 128 as tiles of products like it.
+
+    Args:
+        columns: V/tp.
+        itemsize: Bytes of a logit.
+        device: Where the logits are.
+    """
+    return max(block_bytes(device) // max(columns * itemsize, 1) // 128, 1) * 128
 
 
 class _LinearLoss(torch.autograd.Function):

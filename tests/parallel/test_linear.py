@@ -9,7 +9,7 @@ from support.helpers import error, oracle, run_ranks, weighted_configs
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_mile.linear import linear_token_loss
+from megatron_mile.linear import block_tokens, linear_token_loss
 from megatron_mile.loss import token_loss
 
 # Measured: fp64 4e-16; fp32 4e-7.
@@ -158,6 +158,15 @@ class _Largest(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.numel = max(self.numel, tensor.numel())
         return out
+
+
+def test_blocks_are_counted_in_bytes() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert block_tokens(32000, 2, gpu) == 8320  # 0.5 GiB are 8388.6
+    assert block_tokens(16384, 2, gpu) == 16384
+    assert block_tokens(32000, 4, cpu) == 1024
+    assert block_tokens(1 << 40, 4, gpu) == block_tokens(1 << 40, 4, cpu) == 128
+    assert block_tokens(0, 4, gpu) == 1 << 29  # a shard without a column
 
 
 def test_linear_token_loss_never_holds_all_logits() -> None:

@@ -112,16 +112,17 @@ def _logits(args: argparse.Namespace) -> float:
     Megatron's loss makes an fp32 copy of bf16 logits and from it their gradient; ours writes the
     gradient over the logits, but not EMO's (`extra_mib` in tools/bench/results.csv).
     """
-    from megatron_mile.linear import CHUNK_TOKENS
+    from megatron_mile.linear import block_tokens
 
     tokens, size = _tokens(args), args.params_dtype.itemsize
+    columns = args.padded_vocab_size // args.tensor_model_parallel_size
     if args.mile_objective == "none":
         size = 4 if size == 4 else 4 + size
     elif _needs_cost(args):
         size *= 2
     elif args.mile_fused_linear:
-        tokens = min(tokens, CHUNK_TOKENS)
-    return tokens * args.padded_vocab_size / args.tensor_model_parallel_size * size
+        tokens = min(tokens, block_tokens(columns, size, torch.device("cuda")))
+    return tokens * columns * size
 
 
 def _tokens(args: argparse.Namespace) -> int:
