@@ -10,6 +10,7 @@ is saved is the hidden states and a few numbers per token; the block is the only
 counts.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -197,10 +198,26 @@ def _add_product(total: torch.Tensor, d_logits: torch.Tensor, rows: torch.Tensor
     """Add d_logits.T @ rows to the wider `total`, rounding nothing before the sum."""
     if total.dtype == rows.dtype:
         total.addmm_(d_logits.t(), rows)
-    elif rows.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+    elif adds_to_wider(rows.device, rows.dtype):
         torch.addmm(total, d_logits.t(), rows, out_dtype=total.dtype, out=total)
-    else:  # a CPU, or torch before 2.8, has no product of narrow matrices in fp32
+    else:
         total.addmm_(d_logits.t().to(total.dtype), rows.to(total.dtype))
+
+
+@functools.cache
+def adds_to_wider(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch adds a product of narrow matrices to an fp32 sum here.
+
+    Tried and not looked up: a CPU does not, nor does torch before 2.8, and 2.8 and 2.9 have the
+    argument but refuse a sum in fp32.
+    """
+    part = torch.zeros(16, 16, dtype=dtype, device=device)
+    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.addmm(total, part, part, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _finished(
