@@ -23,8 +23,10 @@ from megatron_mile.nodes import SPENT, NodeSettings, first_order
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.blocks import Coefficients
 from megatron_mile.ops.emo.blocked import gradient_of_all, stats_of_all
+from megatron_mile.ops.per_token import beside
+from megatron_mile.ops.per_token.reference import columns_of, merge
 from megatron_mile.parallel import ProcessGroup
-from megatron_mile.parallel.vocab import VocabShard, join_stats, start_lookup, vocabulary_end
+from megatron_mile.parallel.vocab import VocabShard, gather_stats, start_lookup, vocabulary_end
 
 # Rows whose norms are taken at once on a CPU, which first converts what it is given.
 _NORM_ROWS = 512
@@ -35,7 +37,8 @@ class CostRows:
 
     A row of zeros (padding), or of a norm whose square underflows, has the cost 1 with every other.
     The rows never get a gradient. Every loss takes them as they are when their norms are
-    taken, at `fetch`, where fp16 and fp64 are copied. Products of them run in their dtype.
+    taken, at `fetch`, where fp16 and fp64 are copied; norms are taken anew each time, because no
+    tensor tells whether an optimizer has written to it. Products of them run in their dtype.
 
     Raises:
         ValueError: The rows are no floating matrix.
@@ -56,6 +59,15 @@ class CostRows:
         self.table: tuple[torch.Tensor, torch.Tensor] | None = None
         """Products of the vocabulary's unit rows with this shard's, [V, V/tp], and the scale of the
         latter, [V/tp], if `tabulate` has made them."""
+        self._scaled: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def keep_norms(self) -> CostRows:
+        """Take the norms once, and return this object; for a fixed matrix.
+
+        The rows must stay as they are from here on; in fp16 and fp64 they are copied.
+        """
+        self._scaled = _with_scale(self.rows)
+        return self
 
     def tabulate(
         self, tp_group: ProcessGroup | None = None, vocab_range: tuple[int, int] | None = None
@@ -97,8 +109,9 @@ class CostRows:
             ids = targets.flatten().long().clamp(0, len(self.table[0]) - 1)
             return TargetCosts(self, targets.shape, *self.table, ids=ids)
         shard = VocabShard.of(len(self.rows), vocab_range, tp_group)
-        rows, scale = _with_scale(self.rows)
-        waiting = start_lookup(rows, scale, targets.flatten(), shard)
+        rows, scale = self._scaled or _with_scale(self.rows)
+        columns = columns_of(targets.flatten(), shard.start, shard.end)
+        waiting = start_lookup(rows, scale, columns, shard.group)
         return TargetCosts(self, targets.shape, rows, scale, wait=waiting)
 
 
@@ -187,7 +200,7 @@ def weigh_emo(
         (loss, nll, entropy, weight, distance), [5, ...]; and the stacked coefficients, fp64
         [3, ...].
     """
-    m, total, moment, z_y, rest, cost = join_stats(stats, shard.group)
+    m, total, moment, z_y, rest, cost = merge(gather_stats(stats, shard.group))
     nll = torch.logaddexp(rest.log() - (z_y - m), torch.zeros_like(m))
     entropy = (total.log() - moment / total).clamp(min=0)
     total = rest + torch.exp(z_y - m)
@@ -214,23 +227,24 @@ class EmoLoss(torch.autograd.Function):
         ctx: Any,
         logits: torch.Tensor,
         targets: torch.Tensor,
-        valid: torch.Tensor,
         settings: NodeSettings,
         costs: TargetCosts,
     ) -> tuple[torch.Tensor, ...]:
-        """Return (loss, nll, entropy, weight, distance) of logits and local targets."""
-        config, shard, inplace = settings
+        """Return (loss, nll, entropy, weight, valid, distance) of logits and targets."""
+        config, shard, inplace, ignore_index = settings
+        ctx.set_materialize_grads(False)
         statistics, _ = dispatch.select(config.backend, logits.device, logits.dtype)
-        ctx.implementation = dispatch.emo_beside(statistics)
+        ctx.implementation, ctx.per_token = dispatch.emo_beside(statistics), beside(statistics)
         ctx.settings, ctx.spent, ctx.costs = settings, False, costs
         keeps = ctx.needs_input_grad[0] and not inplace and costs.matrix.dtype == logits.dtype
         ctx.kept = torch.empty_like(logits) if keeps else None
         inside = (..., slice(shard.columns))
         dtype = torch.promote_types(logits.dtype, torch.float32)
+        local, valid = ctx.per_token.locate(targets, shard.start, shard.end, ignore_index)
         stats = stats_of_all(
             ctx.implementation,
             logits[inside],
-            targets,
+            local,
             partial(costs.products, columns=shard.columns),
             costs.scale[: shard.columns].to(dtype),
             ctx.kept[inside] if keeps else None,
@@ -239,18 +253,20 @@ class EmoLoss(torch.autograd.Function):
         if inplace:
             # Whoever saved the logits must learn now, although the write waits for the backward.
             torch.autograd.graph.increment_version(logits)
-        loss, *others = fields.unbind()
-        ctx.save_for_backward(logits, targets, stats[0].to(dtype), others[-1], coefficients)
-        ctx.mark_non_differentiable(*others)
-        return loss, *others
+        loss, *others, distance = fields.unbind()
+        ctx.save_for_backward(logits, local, stats[0].to(dtype), distance, coefficients)
+        ctx.mark_non_differentiable(*others, valid, distance)
+        return loss, *others, valid, distance
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient in the logits' dtype, over the logits' storage if in place."""
         if ctx.spent:
             raise RuntimeError(SPENT)
-        logits, targets, m, distance, coefficients = ctx.saved_tensors
+        if grad is None:
+            return None, None, None, None
+        logits, local, m, distance, coefficients = ctx.saved_tensors
         ctx.spent = inplace = ctx.settings.inplace
         columns = ctx.settings.shard.columns
         inside = (..., slice(columns))
@@ -261,13 +277,13 @@ class EmoLoss(torch.autograd.Function):
         gradient_of_all(
             ctx.implementation,
             logits[inside],
-            targets,
+            local,
             m,
             distance,
-            Coefficients.scaled(coefficients, grad, m.dtype),
+            ctx.per_token.scale(coefficients, grad, m.dtype),
             partial(ctx.costs.products, columns=columns) if kept is None else None,
             ctx.costs.scale[:columns].to(m.dtype),
             out[inside],
         )
-        out[..., columns:] = 0
-        return out, None, None, None, None
+        out[..., columns:].zero_()
+        return out, None, None, None

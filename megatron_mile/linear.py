@@ -10,21 +10,25 @@ is saved is the hidden states and a few numbers per token; the block is the only
 counts.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.loss import TokenLoss, check_dtypes, valid_targets, weigh_shard
+from megatron_mile.loss import TokenLoss, check_dtypes, weigh_shard
 from megatron_mile.nodes import first_order
 from megatron_mile.ops import dispatch
-from megatron_mile.ops.blocks import Coefficients
+from megatron_mile.ops.per_token import beside
 from megatron_mile.parallel import ProcessGroup, group_size
 from megatron_mile.parallel.hidden import gather_sequence, start_reduce
 from megatron_mile.parallel.vocab import VocabShard
 
-CHUNK_TOKENS = 1024
+# How large a block of logits is, where nobody says otherwise. The more tokens it has, the less
+# often is d weight, [V/tp, H] in fp32, read and written; two CPU cores gain nothing from more.
+_GPU_BLOCK_BYTES = 1 << 29
+_CPU_BLOCK_BYTES = 1 << 27
 
 
 class _Settings(NamedTuple):
@@ -34,6 +38,7 @@ class _Settings(NamedTuple):
     shard: VocabShard
     chunk_tokens: int
     sequence_parallel: bool
+    ignore_index: int
 
 
 def linear_token_loss(
@@ -44,7 +49,7 @@ def linear_token_loss(
     tp_group: ProcessGroup | None = None,
     vocab_range: tuple[int, int] | None = None,
     ignore_index: int = -100,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
     gradient_accumulation_fusion: bool = False,
@@ -64,7 +69,8 @@ def linear_token_loss(
         tp_group: As in `token_loss`.
         vocab_range: As in `token_loss`.
         ignore_index: As in `token_loss`.
-        chunk_tokens: Tokens whose logits exist at a time, >= 1.
+        chunk_tokens: Tokens whose logits exist at a time, >= 1; None for as many as `block_tokens`
+            says.
         vocab_size: As in `token_loss`.
         sequence_parallel: Gather `hidden` over the group along its first dimension, in the forward
             and again in the backward, and scatter its gradient likewise.
@@ -79,16 +85,30 @@ def linear_token_loss(
     if config.definition.needs_cost:
         raise ValueError(f"objective {config.objective} has no form without logits; use token_loss")
     _check_tensors(hidden, weight, targets, group_size(tp_group) if sequence_parallel else 1)
+    if chunk_tokens is None:
+        chunk_tokens = block_tokens(weight.size(0), weight.itemsize, weight.device)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; expected 1 or more")
     shard = VocabShard.of(weight.size(0), vocab_range, tp_group, vocab_size)
-    local, valid = shard.local(targets), valid_targets(targets, ignore_index)
-    settings = _Settings(config, shard, chunk_tokens, sequence_parallel)
+    settings = _Settings(config, shard, chunk_tokens, sequence_parallel, ignore_index)
     main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
-    loss, nll, entropy, weights = _LinearLoss.apply(
-        hidden, weight, local, valid, settings, main_grad
-    )
-    return TokenLoss(loss, nll, entropy, weights, valid)
+    return TokenLoss(*_LinearLoss.apply(hidden, weight, targets, settings, main_grad))
+
+
+def block_bytes(device: torch.device) -> int:
+    """Return how many bytes of logits exist at a time."""
+    return _CPU_BLOCK_BYTES if device.type == "cpu" else _GPU_BLOCK_BYTES
+
+
+def block_tokens(columns: int, itemsize: int, device: torch.device) -> int:
+    """Return how many tokens' logits these are, a multiple of 128 as tiles of products like it.
+
+    Args:
+        columns: V/tp.
+        itemsize: Bytes of a logit.
+        device: Where the logits are.
+    """
+    return max(block_bytes(device) // max(columns * itemsize, 1) // 128, 1) * 128
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -100,34 +120,38 @@ class _LinearLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor,
-        valid: torch.Tensor,
         settings: _Settings,
         main_grad: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        """Return (loss, nll, entropy, weight), each of the targets' shape."""
+        """Return (loss, nll, entropy, weight, valid), each of the targets' shape."""
+        ctx.set_materialize_grads(False)
         ctx.settings, ctx.main_grad = settings, main_grad
-        config, device = settings.config, hidden.device
-        ctx.implementation, _ = dispatch.select(config.backend, device, hidden.dtype)
-        rows, flat_targets = _rows(hidden, settings), targets.flatten()
+        config, shard = settings.config, settings.shard
+        ctx.implementation, _ = dispatch.select(config.backend, hidden.device, hidden.dtype)
+        ctx.per_token = beside(ctx.implementation)
+        local, valid = ctx.per_token.locate(targets, shard.start, shard.end, settings.ignore_index)
+        rows, flat_targets = _rows(hidden, settings), local.flatten()
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         stats = hidden.new_empty(4, *targets.shape, dtype=dtype)
         for block, logits in _blocks(rows, weight, settings):
             part = ctx.implementation.token_stats(logits, flat_targets[block])
             stats.view(4, -1)[:, block] = part
-        fields, coefficients = weigh_shard(stats, valid, config, settings.shard)
-        ctx.save_for_backward(hidden, weight, targets, stats[0], coefficients)
+        fields, coefficients = weigh_shard(ctx.per_token, stats, valid, config, shard)
+        ctx.save_for_backward(hidden, weight, local, stats[0], coefficients)
         loss, *others = fields.unbind()
-        ctx.mark_non_differentiable(*others)
-        return loss, *others
+        ctx.mark_non_differentiable(*others, valid)
+        return loss, *others, valid
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of hidden and weight in their dtypes."""
+        if grad is None:
+            return None, None, None, None, None
         hidden, weight, targets, m, coefficients = ctx.saved_tensors
         settings: _Settings = ctx.settings
         rows = _rows(hidden, settings)
-        scaled = Coefficients.scaled(coefficients, grad, m.dtype).map(torch.flatten)
+        scaled = ctx.per_token.scale(coefficients, grad, m.dtype).map(torch.flatten)
         flat_targets, maxima = targets.flatten(), m.flatten()
         d_rows = rows.new_empty(rows.shape)
         d_weight = _accumulator(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
@@ -141,7 +165,7 @@ class _LinearLoss(torch.autograd.Function):
                 reduced = start_reduce(d_hidden, settings.shard.group, settings.sequence_parallel)
             if d_weight is not None:
                 _add_product(d_weight[: settings.shard.columns], d_logits, rows[block])
-        return reduced(), _finished(d_weight, weight, ctx.main_grad), None, None, None, None
+        return reduced(), _finished(d_weight, weight, ctx.main_grad), None, None, None
 
 
 def _rows(hidden: torch.Tensor, settings: _Settings) -> torch.Tensor:
@@ -174,10 +198,26 @@ def _add_product(total: torch.Tensor, d_logits: torch.Tensor, rows: torch.Tensor
     """Add d_logits.T @ rows to the wider `total`, rounding nothing before the sum."""
     if total.dtype == rows.dtype:
         total.addmm_(d_logits.t(), rows)
-    elif rows.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+    elif adds_to_wider(rows.device, rows.dtype):
         torch.addmm(total, d_logits.t(), rows, out_dtype=total.dtype, out=total)
-    else:  # a CPU, or torch before 2.8, has no product of narrow matrices in fp32
+    else:
         total.addmm_(d_logits.t().to(total.dtype), rows.to(total.dtype))
+
+
+@functools.cache
+def adds_to_wider(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch adds a product of narrow matrices to an fp32 sum here.
+
+    Tried and not looked up: a CPU does not, nor does torch before 2.8, and 2.8 and 2.9 have the
+    argument but refuse a sum in fp32.
+    """
+    part = torch.zeros(16, 16, dtype=dtype, device=device)
+    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.addmm(total, part, part, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _finished(

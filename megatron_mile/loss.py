@@ -19,10 +19,10 @@ from megatron_mile.emo import CostRows, EmoLoss, TargetCosts
 from megatron_mile.nodes import SPENT, NodeSettings, first_order
 from megatron_mile.objectives import NEED_COST
 from megatron_mile.ops import dispatch
-from megatron_mile.ops.blocks import Coefficients
+from megatron_mile.ops.per_token import PerToken, beside
 from megatron_mile.parallel import ProcessGroup
 from megatron_mile.parallel.tokens import masked, normaliser
-from megatron_mile.parallel.vocab import VocabShard, join_stats
+from megatron_mile.parallel.vocab import VocabShard, gather_stats
 
 
 class TokenLoss(NamedTuple):
@@ -95,15 +95,12 @@ def token_loss(
             "pass inplace=False or logits.contiguous()"
         )
     shard = VocabShard.of(logits.size(-1), vocab_range, tp_group, vocab_size)
-    local, valid = shard.local(targets), valid_targets(targets, ignore_index)
-    settings = NodeSettings(config, shard, inplace)
+    settings = NodeSettings(config, shard, inplace, ignore_index)
     if cost is None:
-        loss, nll, entropy, weight = _WeightedLoss.apply(logits, local, valid, settings)
-        return TokenLoss(loss, nll, entropy, weight, valid)
+        return TokenLoss(*_WeightedLoss.apply(logits, targets, settings))
     if isinstance(cost, CostRows):
         cost = cost.fetch(targets, tp_group, vocab_range)
-    loss, nll, entropy, weight, distance = EmoLoss.apply(logits, local, valid, settings, cost)
-    return TokenLoss(loss, nll, entropy, weight, valid, distance)
+    return TokenLoss(*EmoLoss.apply(logits, targets, settings, cost))
 
 
 def reduce_loss(
@@ -141,54 +138,60 @@ class _WeightedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        valid: torch.Tensor,
-        settings: NodeSettings,
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, settings: NodeSettings
     ) -> tuple[torch.Tensor, ...]:
-        """Return (loss, nll, entropy, weight) of logits and local targets."""
-        config, shard, inplace = settings
+        """Return (loss, nll, entropy, weight, valid) of logits and targets."""
+        config, shard, inplace, ignore_index = settings
+        ctx.set_materialize_grads(False)
         ctx.implementation, _ = dispatch.select(config.backend, logits.device, logits.dtype)
+        ctx.per_token = beside(ctx.implementation)
         ctx.settings, ctx.spent = settings, False
         # The gradient through the entropy needs z - m once more, not only its exponential.
         ctx.consumed = inplace and ctx.needs_input_grad[0] and config.entropy_slope is None
+        local, valid = ctx.per_token.locate(targets, shard.start, shard.end, ignore_index)
         inside = logits[..., : shard.columns]
-        stats = ctx.implementation.token_stats(inside, targets, ctx.consumed)
-        fields, coefficients = weigh_shard(stats, valid, config, shard)
+        stats = ctx.implementation.token_stats(inside, local, ctx.consumed)
+        fields, coefficients = weigh_shard(ctx.per_token, stats, valid, config, shard)
         if inplace:
             # Whoever saved the logits must learn now, also if the write waits for the backward.
             torch.autograd.graph.increment_version(logits)
-        ctx.save_for_backward(logits, targets, stats[0], coefficients)
+        ctx.save_for_backward(logits, local, stats[0], coefficients)
         loss, *others = fields.unbind()
-        ctx.mark_non_differentiable(*others)
-        return loss, *others
+        ctx.mark_non_differentiable(*others, valid)
+        return loss, *others, valid
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient in the logits' dtype, over the logits' storage if in place."""
         if ctx.spent:
             raise RuntimeError(SPENT)
-        logits, targets, m, coefficients = ctx.saved_tensors
-        scaled = Coefficients.scaled(coefficients, grad, m.dtype)
+        if grad is None:
+            return None, None, None
+        logits, local, m, coefficients = ctx.saved_tensors
+        scaled = ctx.per_token.scale(coefficients, grad, m.dtype)
         ctx.spent = inplace = ctx.settings.inplace
         out = logits.detach() if inplace else torch.empty_like(logits)
         columns = ctx.settings.shard.columns
         inside = (..., slice(columns))
         ctx.implementation.token_stats_backward(
-            logits[inside], targets, m, scaled, out[inside], ctx.consumed
+            logits[inside], local, m, scaled, out[inside], ctx.consumed
         )
-        out[..., columns:] = 0
-        return out, None, None, None
+        out[..., columns:].zero_()
+        return out, None, None
 
 
 def weigh_shard(
-    stats: torch.Tensor, valid: torch.Tensor, config: ObjectiveConfig, shard: VocabShard
+    per_token: PerToken,
+    stats: torch.Tensor,
+    valid: torch.Tensor,
+    config: ObjectiveConfig,
+    shard: VocabShard,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss per token and the coefficients of this shard's gradient; one all_gather.
 
     Args:
+        per_token: What computes them.
         stats: (m, S, T, z_y) of this shard, [4, ...].
         valid: bool [...]; other tokens get 0 throughout.
         config: The objective.
@@ -198,62 +201,11 @@ def weigh_shard(
         (loss, nll, entropy, weight), [4, ...] in the dtype of `stats`; and the stacked
         coefficients, fp64 [2 or 3, ...].
     """
-    joined = join_stats(stats, shard.group)
-    fields, coefficients = weigh(joined, config)
-    stacked = _rebase(coefficients, stats[0] - joined[0]).stack()
-    return fields.masked_fill(~valid, 0).to(stats.dtype), stacked.masked_fill(~valid, 0)
-
-
-def weigh(stats: torch.Tensor, config: ObjectiveConfig) -> tuple[torch.Tensor, Coefficients]:
-    """Return (loss, nll, H, w) and the gradient's coefficients at an incoming gradient of 1.
-
-    With p = e^(z-m) / S the gradient w (p - 1_y) - nll w'(H) p (ln p + H) is
-    e^(z-m) (flat + tilt (z-m)) - w 1_y; tilt is 0 and left out where w is held constant. At the
-    target it is one number per token, peak, so that no rounding of a logit's exponential enters
-    p_y - 1. Everything is fp64, because a large gamma amplifies the rounding of H.
-
-    Args:
-        stats: (m, S, T, z_y) of the whole vocabulary, fp64 [4, ...].
-        config: The objective.
-
-    Returns:
-        fp64 [4, ...], and coefficients of [...] each.
-    """
-    m, total, moment, z_y = stats
-    log_total, spread = total.log(), -moment / total
-    nll = log_total - (z_y - m)
-    entropy = (log_total + spread).clamp(min=0)
-    weigh_token, own = config.definition.weight, config.own
-    weight = torch.ones_like(nll) if weigh_token is None else weigh_token(nll, entropy, **own)
-    loss = weight * nll
-    # A weight may be finite where no shard held the target; the gradient must not be.
-    height = weight.masked_fill(nll.isnan(), torch.nan)
-    flat, peak, tilt = height / total, height * torch.expm1(-nll), None
-    if config.entropy_slope is not None:
-        tilt = -nll * config.entropy_slope(nll, entropy, **own) / total
-        flat = flat + tilt * spread
-        peak = peak + tilt * torch.exp(z_y - m) * (z_y - m + spread)
-    return torch.stack([loss, nll, entropy, weight]), Coefficients(flat, peak, tilt)
-
-
-def _rebase(coefficients: Coefficients, shift: torch.Tensor) -> Coefficients:
-    """Make coefficients of e^(z-m) those of e^(z-m_r), with m_r the maximum of this shard alone.
-
-    Args:
-        coefficients: fp64, [...] each.
-        shift: m_r - m, fp64 [...]; -inf or NaN where the shard has no finite logit.
-    """
-    flat, peak, tilt = coefficients
-    shift = torch.where(shift > -torch.inf, shift, 0)  # e^(z-m_r) is 0 there: any finite shift
-    scale = shift.exp()
-    if tilt is None:
-        return Coefficients(scale * flat, peak)
-    return Coefficients(scale * (flat + tilt * shift), peak, scale * tilt)
-
-
-def valid_targets(targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """Return bool [...]: the token has a loss."""
-    return targets.long() != ignore_index  # as uint8, -100 would be 156
+    joined = per_token.join(gather_stats(stats, shard.group))
+    *_, nll, entropy = joined
+    functions = (config.definition.weight, config.entropy_slope)
+    weight, slope = (f if f is None else f(nll, entropy, **config.own) for f in functions)
+    return per_token.weigh(joined, stats[0], weight, slope, valid)
 
 
 def check_dtypes(name: str, values: torch.Tensor, targets: torch.Tensor) -> None:

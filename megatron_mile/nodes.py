@@ -24,6 +24,7 @@ class NodeSettings(NamedTuple):
     config: ObjectiveConfig
     shard: VocabShard
     inplace: bool
+    ignore_index: int
 
 
 def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.errors import MileError
-from megatron_mile.linear import CHUNK_TOKENS
 from megatron_mile.objectives import NEED_COST, OBJECTIVES
 
 Namespace = argparse.Namespace
@@ -49,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         FUSED_FLAG,
         action="store_true",
-        help=f"compute output projection and loss in one, {CHUNK_TOKENS} tokens at a time, so that "
-        "the logits never exist as a whole in training; costs one matrix product more "
-        "(default False)",
+        help="compute output projection and loss in one, a block of tokens at a time as the start "
+        "block says, so that the logits never exist as a whole in training; costs one matrix "
+        "product more (default False)",
     )
     group.add_argument(
         COST_FLAG,

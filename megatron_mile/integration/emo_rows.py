@@ -86,8 +86,8 @@ def fixed_rows(matrix: torch.Tensor, words: int, model: Any) -> CostRows:
     rows[: len(mine)].copy_(mine)
     cost = CostRows(rows)
     if module.vocab_size * shard * rows.itemsize <= TABLE_BYTES:
-        cost.tabulate(group)
-    return cost
+        return cost.tabulate(group)
+    return cost.keep_norms()
 
 
 def check_objective(config: ObjectiveConfig, fused_linear: bool, cost: CostRows | None) -> None:

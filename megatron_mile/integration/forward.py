@@ -27,8 +27,10 @@ from megatron_mile.integration.host import METHOD
 from megatron_mile.integration.models import data_group, installed_config, unwrap
 from megatron_mile.integration.telemetry import report_with_objective
 from megatron_mile.loss import TokenLoss
+from megatron_mile.ops import dispatch
+from megatron_mile.ops.per_token import beside
 from megatron_mile.parallel import ProcessGroup
-from megatron_mile.parallel.tokens import normaliser
+from megatron_mile.parallel.tokens import start_normaliser
 
 LossFunc = Callable[..., tuple[Any, ...]]
 
@@ -40,6 +42,42 @@ class TrainedLoss(NamedTuple):
     """What the model returned, [b, s]: nll, with the gradient of the objective."""
     stats: TokenLoss
     config: ObjectiveConfig
+
+
+class _NllOfLoss(torch.autograd.Function):
+    """nll as a tensor of its own, with the gradient of the objective's loss; one copy."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, nll: torch.Tensor) -> torch.Tensor:
+        """Return nll."""
+        return nll.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the gradient as it comes."""
+        return grad, None
+
+
+class _Objective(torch.autograd.Function):
+    """The host's sum, 0-d, with the objective's value and alpha times its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: torch.Tensor,
+        share: torch.Tensor,
+        alpha: torch.Tensor,
+        value: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the value in the output's dtype, a tensor of its own: the host scales it."""
+        ctx.save_for_backward(share, alpha)
+        return value.to(output.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the share of each token in the loss, times alpha."""
+        share, alpha = ctx.saved_tensors
+        return grad * share * alpha, None, None, None
 
 
 class Normalised:
@@ -78,7 +116,7 @@ class Window:
                 "one forward step computed the language-model loss twice; megatron_mile weights "
                 "one loss a step: run one model in each forward_step"
             )
-        output = stats.nll + (stats.loss - stats.loss.detach())
+        output = _NllOfLoss.apply(stats.loss, stats.nll)
         self.trained = TrainedLoss(output, stats, config)
         if output.requires_grad:
             output.register_hook(self.normalised.refuse_unless_done)
@@ -247,26 +285,30 @@ class _Reduction:
         if not _is_training(window, output_tensor) or kwargs.get("non_loss_data"):
             return loss_func(output_tensor, *args, **kwargs)
         stats = window.take(model, self.config, output_tensor)
-        unowned = stats.nll.isnan() & ~stats.entropy.isnan()
-        probe = torch.where(unowned, 0, output_tensor.detach()).requires_grad_()
+        probe = _without_unowned(output_tensor.detach(), stats.entropy).requires_grad_()
         # A copy, because the host may work in place.
         loss, *count, report = _results(loss_func(probe.clone(), *args, **kwargs))
         share = _share(loss, probe)
         # A mean has divided the mask by its sum.
-        mask = share if count else share / share.max().clamp(min=torch.finfo(share.dtype).tiny)
+        whole = None if count else share.max().clamp(min=torch.finfo(share.dtype).tiny)
+        sums = _sums(self.config, stats, share if whole is None else share / whole)
+        parts, weights, losses, entropies, *distances, broken, negative = sums
         group = _alpha_group(model, self.config.alpha_mode)
-        alpha = normaliser(stats.weight, mask, self.config.alpha_mode, group)
-        broken = ((share != 0) & (unowned | ~stats.valid)).any()
-        negative = (share < 0).any()
+        waiting = start_normaliser(sums[:2], self.config.alpha_mode, group)
         if not self.checked:
             _refuse_broken(broken, negative)
             self.checked = True
-        objective = torch.where(share != 0, alpha * stats.loss.detach(), 0)
-        total = _with_gradient(objective, share, alpha * output_tensor)
-        total = total * torch.where(broken | negative, torch.nan, torch.ones_like(loss))
-        if _has_other_leaves(loss, probe):
+        has_other_leaves = _has_other_leaves(loss, probe)
+        # Only now, because the ranks meet here. A later step in which something is broken ends in
+        # NaN, because a look at it would wait for the device.
+        alpha = waiting().masked_fill_(sums[-2:].any(), torch.nan)
+        trained = alpha * losses
+        value = trained if whole is None else trained * whole
+        total = _Objective.apply(output_tensor, share, alpha, value)
+        if has_other_leaves:
             total = total + (loss - (share * probe.detach()).sum())
-        return (total, *count, report_with_objective(report, stats, objective, mask, model))
+        figures = [trained, entropies, weights, *distances]
+        return (total, *count, report_with_objective(report, parts, figures, model))
 
 
 def differentiated(*tensors: Any) -> bool:
@@ -276,6 +318,15 @@ def differentiated(*tensors: Any) -> bool:
 
 def _is_training(window: Window, output: Any) -> bool:
     return differentiated(output) or (torch.is_grad_enabled() and window.trained is not None)
+
+
+def _without_unowned(nll: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+    """The losses with 0 in place of the NaN of targets that no shard held.
+
+    Where the logits are NaN the entropy is too, so that those stay NaN.
+    """
+    finite = nll.nan_to_num(nan=0, posinf=torch.inf, neginf=-torch.inf)
+    return finite.add_(entropy, alpha=0)
 
 
 def _results(results: Any) -> tuple[Any, ...]:
@@ -336,8 +387,21 @@ def _has_other_leaves(loss: torch.Tensor, probe: torch.Tensor) -> bool:
     return False
 
 
+def _sums(config: ObjectiveConfig, stats: TokenLoss, mask: torch.Tensor) -> torch.Tensor:
+    """What alpha and report need, in one pass over the tokens, fp64.
+
+    Returns:
+        Sums of the mask, and of weight, loss, entropy and, if there is one, distance times the
+        mask; how many tokens that count have no target; how many count negatively.
+    """
+    statistics, _ = dispatch.select(config.backend, mask.device, mask.dtype)
+    figures = [stats.weight, stats.loss.detach(), stats.entropy]
+    figures += [] if stats.emo is None else [stats.emo]
+    return beside(statistics).sum_up(mask, stats.valid, stats.nll, stats.entropy, figures)
+
+
 def _refuse_broken(broken: torch.Tensor, negative: torch.Tensor) -> None:
-    """Say once, in the first step, what later ends in NaN, because a look waits for the device."""
+    """Say once, in the first step, what later ends in NaN."""
     if negative:
         raise MileError(
             "the loss function weights a token negatively (an advantage, a penalty), and alpha is "
@@ -348,15 +412,6 @@ def _refuse_broken(broken: torch.Tensor, negative: torch.Tensor) -> None:
             "a token that the loss function counts has no target: its label is -100 or outside "
             "the vocabulary; give such tokens loss mask 0"
         )
-
-
-def _with_gradient(
-    objective: torch.Tensor, share: torch.Tensor, carrier: torch.Tensor
-) -> torch.Tensor:
-    """The host's sum, 0-d, with the objective's value and the carrier's gradient."""
-    # A masked token may hold what is not finite: it must not reach the sum.
-    carried = (torch.where(share != 0, carrier, 0) * share).sum()
-    return carried + ((objective * share).sum() - carried.detach())
 
 
 def _alpha_group(model: Any, normalize: str) -> ProcessGroup | None:

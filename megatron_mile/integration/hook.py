@@ -137,6 +137,11 @@ def _host(owner: type) -> Callable[..., Any]:
     return method.__wrapped__ if installed_config(method) is not None else method
 
 
+def _turned(stats: TokenLoss) -> TokenLoss:
+    """Return the fields [s, b] as [b, s], contiguous."""
+    return TokenLoss._make(x if x is None else x.transpose(0, 1).contiguous() for x in stats)
+
+
 def _make_hook(
     host: Callable[..., torch.Tensor],
     config: ObjectiveConfig,
@@ -165,22 +170,30 @@ def _make_hook(
         if window.calls <= models.mtp_heads(self):
             return host(self, labels, logits)
         group = tp_group(self)
-        targets = labels.transpose(0, 1)
         if isinstance(logits, DeferredLogits):
             check_shard(self, labels, logits.shape(group), group)
-            stats = logits.loss(targets, config, group, vocab_size)
+            stats = _turned(logits.loss(labels.transpose(0, 1), config, group, vocab_size))
         elif config.definition.needs_cost:
             check_shard(self, labels, tuple(logits.shape), group)
             cost = rows(self, labels) if rows else output_rows(self)
             # Not in place: products are kept where the gradient will lie, or would be made twice.
-            stats = token_loss(logits, targets, config, group, vocab_size=vocab_size, cost=cost)
+            stats = _turned(
+                token_loss(
+                    logits, labels.transpose(0, 1), config, group, vocab_size=vocab_size, cost=cost
+                )
+            )
         else:
             check_shard(self, labels, tuple(logits.shape), group)
             inplace = not logits_are_read(self)
+            # As [b, s, V/tp], which is read where it lies: nothing per token is turned then.
             stats = token_loss(
-                logits, targets, config, group, inplace=inplace, vocab_size=vocab_size
+                logits.transpose(0, 1),
+                labels,
+                config,
+                group,
+                inplace=inplace,
+                vocab_size=vocab_size,
             )
-        stats = TokenLoss._make(x if x is None else x.transpose(0, 1).contiguous() for x in stats)
         return window.put(stats, config)
 
     compute_language_model_loss.__wrapped__ = host  # type: ignore[attr-defined]

@@ -32,7 +32,7 @@ from megatron_mile.integration.refusals import (
     refuse_settings,
 )
 from megatron_mile.integration.telemetry import alpha_scope, describe, start_block
-from megatron_mile.linear import CHUNK_TOKENS
+from megatron_mile.linear import block_bytes, block_tokens
 from megatron_mile.ops import dispatch
 from megatron_mile.run_record.record import with_record
 
@@ -167,7 +167,9 @@ def _objective_lines(
     columns = args.padded_vocab_size or unwrap(model).vocab_size
     shard = columns // args.tensor_model_parallel_size
     padding = "left out in training" if args.mile_mask_padded_vocab else "counted as by the host"
-    fused = f"with the loss, {CHUNK_TOKENS} tokens at a time in training"
+    tokens = block_tokens(shard, args.params_dtype.itemsize, device)
+    block = f"{tokens} tokens ({block_bytes(device) >> 20} MiB)"
+    fused = f"with the loss, up to {block} at a time in training"
     return [
         ("objective", describe(config)),
         ("alpha", alpha_scope(vars(args), config.alpha_mode)),

@@ -9,19 +9,14 @@ import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration.models import data_group
-from megatron_mile.loss import TokenLoss
-from megatron_mile.parallel.tokens import masked, sum_over_ranks
+from megatron_mile.parallel.tokens import sum_over_ranks
 
 LM_LOSS = "lm loss"
 OWN_FIGURES = ("mile loss", "mile entropy", "mile weight", "mile emo")
 
 
 def report_with_objective(
-    report: dict[str, Any],
-    stats: TokenLoss,
-    objective: torch.Tensor,
-    mask: torch.Tensor,
-    model: Any,
+    report: dict[str, Any], count: torch.Tensor, figures: Sequence[torch.Tensor], model: Any
 ) -> dict[str, Any]:
     """Add the objective's own figures to the host's report of plain cross-entropy.
 
@@ -33,23 +28,21 @@ def report_with_objective(
 
     Args:
         report: What the host's loss function reported of plain cross-entropy.
-        stats: Statistics of this micro-batch, fields [b, s].
-        objective: Loss per token that is differentiated, [b, s].
-        mask: Loss mask [b, s].
+        count: Sum of this rank's mask, fp64 0-d, as each figure.
+        figures: Sums over this rank's tokens, times the mask, in the order of `OWN_FIGURES`: what
+            is differentiated, the entropy, the weight, and the distance if there is one.
         model: The model that was run, wrapped or not.
 
     Returns:
         The report as it was, followed by "mile loss" (what is differentiated), "mile entropy"
         (nats), "mile weight", and "mile emo", the distance, if there is one.
     """
-    figures = [objective, stats.entropy, stats.weight]
-    figures += [] if stats.emo is None else [stats.emo]
-    sums = torch.stack([*(masked(values, mask).sum() for values in figures), mask.double().sum()])
     host = report.get(LM_LOSS, next(iter(report.values()), None))
+    # In pairs, so that [sum, count] of all figures are made at once.
+    pairs = torch.stack([value for total in figures for value in (total, count)])
     if not _is_sum_of_this_rank(host):
-        sums = sum_over_ranks(sums, data_group(model))
-    *totals, count = sums.float()
-    ours = (_in_form_of(host, total, count) for total in totals)
+        pairs = sum_over_ranks(pairs, data_group(model))
+    ours = (_in_form_of(host, pair) for pair in pairs.float().view(-1, 2).unbind())
     return {**report, **dict(zip(OWN_FIGURES, ours, strict=False))}
 
 
@@ -57,9 +50,11 @@ def _is_sum_of_this_rank(host: Any) -> bool:
     return isinstance(host, torch.Tensor) and host.numel() == 2
 
 
-def _in_form_of(host: Any, total: torch.Tensor, count: torch.Tensor) -> Any:
+def _in_form_of(host: Any, pair: torch.Tensor) -> Any:
+    """Return [sum, count] as the host reports it."""
     if _is_sum_of_this_rank(host):
-        return torch.stack([total, count])
+        return pair
+    total, count = pair.unbind()
     if isinstance(host, (tuple, list)):
         return total, count
     mean = total / torch.where(count == 0, 1, count)

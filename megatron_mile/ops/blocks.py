@@ -26,11 +26,6 @@ class Coefficients(NamedTuple):
     peak: torch.Tensor
     tilt: torch.Tensor | None = None
 
-    @classmethod
-    def scaled(cls, stacked: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype) -> Coefficients:
-        """Return what `stack` made times grad [...] in `dtype`; exactly 0 where grad is 0."""
-        return cls(*(stacked * grad).masked_fill(grad == 0, 0).to(dtype))
-
     def stack(self) -> torch.Tensor:
         """Return them as one tensor, [2 or 3, ...]."""
         return torch.stack([x for x in self if x is not None])

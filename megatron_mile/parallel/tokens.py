@@ -5,6 +5,8 @@
 keeps the mean weight at 1, so that the weighted loss stays comparable with cross-entropy.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -38,24 +40,49 @@ def normaliser(
     Raises:
         ValueError: The mode is unknown.
     """
+    # fp64: an fp32 sum over a large micro-batch loses digits.
+    sums = torch.stack([mask.double().sum(), masked(weight.detach(), mask).sum()])
+    return start_normaliser(sums, mode, group)().to(weight.dtype)
+
+
+def start_normaliser(
+    sums: torch.Tensor, mode: str, group: ProcessGroup | None = None
+) -> Callable[[], torch.Tensor]:
+    """Start to form alpha, and return what waits for it.
+
+    Args:
+        sums: (sum(M), sum(M w)) of this rank, fp64 [2]; read only.
+        mode: As in `normaliser`.
+        group: As in `normaliser`.
+
+    Returns:
+        What returns alpha, fp64 0-d.
+
+    Raises:
+        ValueError: The mode is unknown.
+    """
     if mode not in ("global", "local", "none", "official"):
         raise ValueError(f"mode is {mode!r}; expected global, local, none or official")
     if mode == "none":
-        return weight.new_ones(())
-    # fp64: an fp32 sum over a large micro-batch loses digits.
-    sums = torch.stack([mask.double().sum(), masked(weight.detach(), mask).sum()])
-    if mode == "global":
-        sums = sum_over_ranks(sums, group)
+        return lambda: sums.new_ones(())
     if mode == "official":
-        counts = sums[0] != 0
-        alpha = torch.where(counts, _ratio(sums), 0)
-        sums = sum_over_ranks(torch.stack([alpha, counts.double()]), group)
-    return _ratio(sums).to(weight.dtype)
+        has_tokens = sums[0].sign()
+        sums = torch.stack([_ratio(sums) * has_tokens, has_tokens])
+    if mode == "local" or group_size(group) == 1:
+        return lambda: _ratio(sums)
+    shared = sums.clone() if mode == "global" else sums
+    work = dist.all_reduce(shared, group=group, async_op=True)
+
+    def wait() -> torch.Tensor:
+        work.wait()
+        return _ratio(shared)
+
+    return wait
 
 
 def _ratio(sums: torch.Tensor) -> torch.Tensor:
     """Return sums[0] / sums[1], 1 where either is 0."""
-    return torch.where((sums == 0).any(), 1, sums[0] / sums[1])
+    return (sums[0] / sums[1]).masked_fill_((sums == 0).any(), 1)
 
 
 def sum_over_ranks(sums: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:

@@ -1,9 +1,8 @@
-"""Vocabulary split over the tensor-parallel group: who has what, and what is joined over it."""
+"""Vocabulary split over the tensor-parallel group: who has what, and what is gathered over it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -55,12 +54,6 @@ class VocabShard(NamedTuple):
         """How many ids these are: the first columns of the logits, which may have padding."""
         return self.end - self.start
 
-    def local(self, targets: torch.Tensor) -> torch.Tensor:
-        """Return int64 [...]: the target's column in the shard, -1 where it has none."""
-        wide = targets.long()
-        # Compared before the subtraction, which may overflow for garbage targets.
-        return torch.where((wide >= self.start) & (wide < self.end), wide - self.start, -1)
-
 
 def _columns_range(
     columns: int, vocab_range: tuple[int, int] | None, group: ProcessGroup | None
@@ -78,48 +71,26 @@ def _columns_range(
     return start, end
 
 
-def join_stats(stats: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
-    """Join the token statistics of all shards, with one all_gather (none for one rank).
-
-    The shards are added in rank order, so that all ranks hold the same bits, and in fp64, which
-    costs little for some numbers per token.
+def gather_stats(stats: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
+    """Gather the token statistics of all shards, with one all_gather (none for one rank).
 
     Args:
-        stats: This shard's (m, S, T, z_y), contiguous [4, ...], and any further sums of e^(z-m)
-            times something, [4 + n, ...].
+        stats: This shard's numbers per token, contiguous [n, ...].
         group: Tensor-parallel group; None for this rank alone.
 
     Returns:
-        The same of the whole vocabulary, fp64; z_y is NaN where no shard holds the target.
+        [R, n, ...] in the order of the ranks.
     """
     size = group_size(group)
     if size == 1:
-        return stats.double()
+        return stats.unsqueeze(0)
     gathered = stats.new_empty(size * stats.size(0), *stats.shape[1:])
     all_gather(gathered, stats, group=group)
-    return merge_stats(gathered.view(size, *stats.shape))
-
-
-def merge_stats(shards: torch.Tensor) -> torch.Tensor:
-    """Merge the statistics of shards: [R, 4 + n, ...] to fp64 [4 + n, ...], added in order of R.
-
-    With a_r = e^(m_r - m): m = max m_r, S = sum a_r S_r, T = sum a_r (T_r + (m_r - m) S_r), and
-    further sums as S.
-    """
-    m_r, s_r, t_r, z_r, *more_r = shards.double().unbind(1)
-    m = m_r.amax(0)
-    # A shard without a finite logit has S_r = T_r = 0: any finite shift leaves it out.
-    shift = (m_r - m).masked_fill(m_r == -torch.inf, 0)
-    scale = shift.exp()
-    total = reduce(torch.add, (scale * s_r).unbind())
-    moment = reduce(torch.add, (scale * (t_r + shift * s_r)).unbind())
-    z_y = reduce(lambda known, z: torch.where(known.isnan(), z, known), z_r.unbind())
-    more = [reduce(torch.add, (scale * x_r).unbind()) for x_r in more_r]
-    return torch.stack([m, total, moment, z_y, *more])
+    return gathered.view(size, *stats.shape)
 
 
 def start_lookup(
-    rows: torch.Tensor, scale: torch.Tensor, targets: torch.Tensor, shard: VocabShard
+    rows: torch.Tensor, scale: torch.Tensor, columns: torch.Tensor, group: ProcessGroup | None
 ) -> Callable[[], torch.Tensor]:
     """Start to bring the targets' scaled rows to every rank, and return what waits for them.
 
@@ -128,22 +99,21 @@ def start_lookup(
     Args:
         rows: The shard's rows of a matrix that is split like the vocabulary, [V/tp, d].
         scale: Their factors, [V/tp].
-        targets: Ids in the whole vocabulary, [T].
-        shard: What this rank has of it.
+        columns: The targets' rows of this shard, int64 [T], -1 where it has none.
+        group: Tensor-parallel group; None for this rank alone.
 
     Returns:
         What returns [T, d] in the dtype of `rows`; zeros where no shard holds the row.
     """
-    columns = shard.local(targets)
     if len(rows) == 0:
         found = rows.new_zeros(len(columns), rows.size(1))
     else:
         held = columns.clamp(min=0)
         found = rows.index_select(0, held).mul_(scale.index_select(0, held).unsqueeze(-1))
         found.masked_fill_((columns < 0).unsqueeze(-1), 0)
-    if group_size(shard.group) == 1:
+    if group_size(group) == 1:
         return lambda: found
-    work = dist.all_reduce(found, group=shard.group, async_op=True)
+    work = dist.all_reduce(found, group=group, async_op=True)
 
     def wait() -> torch.Tensor:
         work.wait()

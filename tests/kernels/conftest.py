@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-KERNELS = [f"megatron_mile.ops.{name}.kernel" for name in ("token_stats", "emo")]
+KERNELS = [f"megatron_mile.ops.{name}.kernel" for name in ("token_stats", "emo", "per_token")]
 INTERPRETED = not torch.cuda.is_available()
 
 if importlib.util.find_spec("triton") is None:

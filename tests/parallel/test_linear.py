@@ -9,7 +9,8 @@ from support.helpers import error, oracle, run_ranks, weighted_configs
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_mile.linear import linear_token_loss
+from megatron_mile import linear
+from megatron_mile.linear import block_tokens, linear_token_loss
 from megatron_mile.loss import token_loss
 
 # Measured: fp64 4e-16; fp32 4e-7.
@@ -158,6 +159,40 @@ class _Largest(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.numel = max(self.numel, tensor.numel())
         return out
+
+
+@pytest.mark.parametrize("refusal", [None, RuntimeError, TypeError])
+def test_a_product_is_added_to_a_wider_sum_if_torch_takes_it(
+    refusal: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Only a GPU's torch has it. It is played here: as of 2.10, as in 2.8 and 2.9, as before.
+    calls = []
+
+    def addmm(total: Any, a: Any, b: Any, out_dtype: torch.dtype, out: Any) -> None:
+        calls.append(out_dtype)
+        if refusal is not None:
+            raise refusal
+        assert (total.dtype, a.dtype, b.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+        out += a.float() @ b.float()
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    linear.adds_to_wider.cache_clear()
+    d_logits, rows = torch.randn(2, 5, 3).bfloat16()
+    for _ in range(2):
+        total = torch.ones(3, 3)
+        linear._add_product(total, d_logits, rows)
+        assert error(total, 1 + d_logits.double().t() @ rows.double()) <= 1e-6
+    linear.adds_to_wider.cache_clear()
+    assert len(calls) == (3 if refusal is None else 1)  # tried once
+
+
+def test_blocks_are_counted_in_bytes() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert block_tokens(32000, 2, gpu) == 8320  # 0.5 GiB are 8388.6
+    assert block_tokens(16384, 2, gpu) == 16384
+    assert block_tokens(32000, 4, cpu) == 1024
+    assert block_tokens(1 << 40, 4, gpu) == block_tokens(1 << 40, 4, cpu) == 128
+    assert block_tokens(0, 4, gpu) == 1 << 29  # a shard without a column
 
 
 def test_linear_token_loss_never_holds_all_logits() -> None:

@@ -10,9 +10,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import token_loss
+from megatron_mile.ops.per_token.reference import columns_of, merge
 from megatron_mile.ops.token_stats.reference import token_stats
 from megatron_mile.parallel import group_size
-from megatron_mile.parallel.vocab import VocabShard, join_stats, merge_stats
+from megatron_mile.parallel.vocab import VocabShard, gather_stats
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 CONFIGS = {**weighted_configs(), "mile 5": ObjectiveConfig(gamma=5, sigma=0)}
@@ -170,29 +171,29 @@ def test_group_size_refuses_a_group_of_others(ranks: list[dict[str, Any]]) -> No
 # 1 to 64 shards of 131 columns, most of them ragged; 200 leaves shards without a column.
 @pytest.mark.parametrize("shards", [1, 2, 7, 64, 200])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_merge_stats_equals_the_whole(shards: int, dtype: torch.dtype) -> None:
+def test_merge_equals_the_whole(shards: int, dtype: torch.dtype) -> None:
     logits, targets = hard_rows(131, dtype)
     parts, start = [], 0
     for part in logits.tensor_split(shards, -1):
         end = start + part.size(-1)
-        parts.append(token_stats(part, VocabShard(None, start, end).local(targets)))
+        parts.append(token_stats(part, columns_of(targets, start, end)))
         start = end
-    merged = merge_stats(torch.stack(parts))
-    whole = token_stats(logits.double(), VocabShard(None, 0, 131).local(targets))
+    merged = merge(torch.stack(parts))
+    whole = token_stats(logits.double(), columns_of(targets, 0, 131))
     assert merged.dtype == torch.float64
     assert error(merged, whole) <= (1e-14 if dtype == torch.float64 else 5e-7)
     assert torch.equal(merged[0], whole[0])
 
 
-def test_merge_stats_of_empty_shards_is_an_empty_shard() -> None:
+def test_merge_of_empty_shards_is_an_empty_shard() -> None:
     empty = token_stats(torch.empty(3, 0), torch.full((3,), -1))
-    merged = merge_stats(torch.stack([empty, empty]))
+    merged = merge(torch.stack([empty, empty]))
     torch.testing.assert_close(merged, empty.double(), rtol=0, atol=0, equal_nan=True)
 
 
-def test_join_stats_of_one_rank_needs_no_group() -> None:
+def test_gather_stats_of_one_rank_needs_no_group() -> None:
     stats = torch.randn(4, 5)
-    assert torch.equal(join_stats(stats, None), stats.double())
+    assert torch.equal(merge(gather_stats(stats, None)), stats.double())
 
 
 def test_shard_of_one_rank_is_the_whole_without_its_padding() -> None:
@@ -204,4 +205,4 @@ def test_shard_of_one_rank_is_the_whole_without_its_padding() -> None:
 
 def test_local_targets_never_leave_the_shard() -> None:
     targets = torch.tensor([-(1 << 63), -1, 9, 10, 19, 20, (1 << 63) - 1])
-    assert VocabShard(None, 10, 20).local(targets).tolist() == [-1, -1, -1, 0, 9, -1, -1]
+    assert columns_of(targets, 10, 20).tolist() == [-1, -1, -1, 0, 9, -1, -1]

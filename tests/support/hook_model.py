@@ -26,6 +26,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_mile import ObjectiveConfig, uninstall
 from megatron_mile.cpu_mode.hybrid_layers import use_local_layers
@@ -107,7 +108,12 @@ def forward_step(iterator: Any, model: Any) -> Step:
     return forward(model, batch()[1]), functools.partial(host_loss, MASK)
 
 
-def raises(kind: type[Exception], text: str, function: Callable[..., Any], *args: Any) -> None:
+def raises(
+    kind: type[Exception] | tuple[type[Exception], ...],
+    text: str,
+    function: Callable[..., Any],
+    *args: Any,
+) -> None:
     """Fail unless the call ends in this error."""
     with pytest.raises(kind, match=re.escape(text)):
         function(*args)
@@ -133,13 +139,23 @@ def checks_of(names: Mapping[str, Any]) -> dict[str, Callable[[], None]]:
 def run_checks(names: Mapping[str, Any], folder: str, tensor_parallel: int = 1) -> None:
     """Run each function called check_* of a script on its RANKS, from the unpatched state.
 
-    The ranks that tensor parallelism leaves are data-parallel. Writes checks.json into the folder:
-    the tracebacks of each check, "" where it passed.
+    The ranks that tensor parallelism leaves are data-parallel. A script with a number PRETENDED
+    runs as the first of so many ranks, of which there are no others. Writes checks.json into the
+    folder: the tracebacks of each check, "" where it passed.
     """
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    assert torch.distributed.get_world_size() == names["RANKS"]
-    parallel_state.initialize_model_parallel(tensor_parallel)
+    pretended = names.get("PRETENDED")
+    if pretended:
+        # Its collectives talk to nobody and leave their outputs as they are.
+        torch.distributed.init_process_group(
+            "fake", store=FakeStore(), rank=0, world_size=pretended
+        )
+    else:
+        torch.distributed.init_process_group("gloo")
+        assert torch.distributed.get_world_size() == names["RANKS"]
+    parallel_state.initialize_model_parallel(
+        tensor_parallel, create_gloo_process_groups=not pretended
+    )
     model_parallel_cuda_manual_seed(1)
     failures = {}
     for name, check in checks_of(names).items():
@@ -149,8 +165,9 @@ def run_checks(names: Mapping[str, Any], folder: str, tensor_parallel: int = 1) 
         except (Exception, pytest.fail.Exception):
             failures[name] = traceback.format_exc()
         uninstall()
-    ranks: list[dict[str, str]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(ranks, failures)
+    ranks: list[dict[str, str]] = [failures] * torch.distributed.get_world_size()
+    if not pretended:
+        torch.distributed.all_gather_object(ranks, failures)
     if torch.distributed.get_rank() == 0:
         joined = {name: "\n".join({rank[name] for rank in ranks}) for name in failures}
         Path(folder, "checks.json").write_text(json.dumps(joined))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_tables import SMALL
+from support.bench_tables import SMALL
 
 from tools.bench import gpu, run, train_step
 from tools.bench.gpu import Part, report, run_parts

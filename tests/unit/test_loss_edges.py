@@ -12,7 +12,7 @@ from megatron_mile.config import ObjectiveConfig
 from megatron_mile.emo import CostRows
 from megatron_mile.linear import linear_token_loss
 from megatron_mile.loss import reduce_loss, token_loss
-from megatron_mile.objectives import OBJECTIVES
+from megatron_mile.objectives import NEED_COST, OBJECTIVES
 
 
 def test_token_loss_keeps_byte_targets_apart_from_ignore_index() -> None:
@@ -235,6 +235,21 @@ def test_token_loss_refuses_a_range_that_does_not_fit(vocab_range: tuple[int, in
 def test_token_loss_refuses_a_backend_that_is_not_there() -> None:
     with pytest.raises(ValueError, match="triton"):
         token_loss(torch.ones(1, 5), torch.tensor([0]), ObjectiveConfig(backend="triton"))
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["kept", "in place"])
+@pytest.mark.parametrize("normalize", ["global", "official"])
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in NEED_COST])
+def test_forward_on_a_gpu_stays_there(objective: str, normalize: str, inplace: bool) -> None:
+    # On the path of a GPU, without one: reading a value raises, and so does a tensor of the CPU.
+    # The backward would need a driver; tests/megatron/jobs/launch_checks.py runs it on "meta".
+    with FakeTensorMode():
+        logits = torch.empty(2, 3, 50, device="cuda", requires_grad=True) * 1
+        targets = torch.empty(2, 3, dtype=torch.long, device="cuda")
+        config = ObjectiveConfig(objective, normalize=normalize)
+        out = token_loss(logits, targets, config, inplace=inplace, vocab_size=40)
+        loss = reduce_loss(out, mask=out.valid, config=config)
+        assert {x.device.type for x in (*out[:5], loss)} == {"cuda"}
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["kept", "in place"])

@@ -19,7 +19,7 @@ import torch
 from megatron_mile.integration.arguments import OUTPUT_LAYER
 from megatron_mile.integration.cost_files import read_matrix
 from megatron_mile.integration.emo_rows import TABLE_BYTES
-from megatron_mile.linear import CHUNK_TOKENS
+from megatron_mile.linear import block_tokens
 from megatron_mile.objectives import NEED_COST
 from tools.common.cli import ToolError, library_errors
 from tools.common.megatron import megatron_module
@@ -118,13 +118,14 @@ def _logits(args: argparse.Namespace) -> float:
     gradient over the logits, but not EMO's (`extra_mib` in tools/bench/results.csv).
     """
     tokens, size = _tokens(args), args.params_dtype.itemsize
+    columns = args.padded_vocab_size // args.tensor_model_parallel_size
     if args.mile_objective == "none":
         size = 4 if size == 4 else 4 + size
     elif _needs_cost(args):
         size *= 2
     elif args.mile_fused_linear:
-        tokens = min(tokens, CHUNK_TOKENS)
-    return tokens * args.padded_vocab_size / args.tensor_model_parallel_size * size
+        tokens = min(tokens, block_tokens(columns, size, torch.device("cuda")))
+    return tokens * columns * size
 
 
 def _tokens(args: argparse.Namespace) -> int:

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 from megatron_mile.ops.blocks import Block, Coefficients, row_blocks
-from megatron_mile.ops.emo import EmoStats
+from megatron_mile.ops.emo import EmoStats, reference
 
 # Elements of a block of products. On two CPU cores the GEMM took, per row of 32000 columns, 1.7
 # of the time of all 2048 rows at once for 64 rows, 1.2 for 131 (2^22), and 1.1 for 524 (2^24).
 _BLOCK = 1 << 22
 _KEPT_BLOCK = 1 << 24
+# On a GPU, 0.5 GiB of bf16: a product of that size keeps all multiprocessors busy.
+_GPU_BLOCK = 1 << 28
 
 Products = Callable[[slice, torch.Tensor | None], torch.Tensor]
 """(tokens, out) -> products [n, V] of these tokens, in `out` if it is given."""
@@ -44,7 +46,7 @@ def stats_of_all(
     flat_targets, logits = targets.flatten(), logits.detach()
     stats = logits.new_zeros(6, len(flat_targets), dtype=torch.float64)
     stats[0], stats[3] = -torch.inf, torch.nan  # as without any column
-    size = _BLOCK if kept is None else _KEPT_BLOCK
+    size = _block_size(implementation, logits, kept is not None)
     for tokens, (block, *places) in _blocks(size, logits, kept):
         made = products(tokens, places[0] if places else None)
         stats[:, tokens] = implementation.emo_stats(block, made, scale, flat_targets[tokens])
@@ -78,8 +80,9 @@ def gradient_of_all(
     """
     flat_targets, maxima, distances = targets.flatten(), m.flatten(), distance.flatten()
     coefficients = coefficients.map(torch.flatten)
-    size = _KEPT_BLOCK if products is None else _BLOCK
-    for tokens, (block, place) in _blocks(size, logits.detach(), out):
+    logits = logits.detach()
+    size = _block_size(implementation, logits, products is None)
+    for tokens, (block, place) in _blocks(size, logits, out):
         made = place if products is None else products(tokens, None)
         implementation.emo_stats_backward(
             block,
@@ -92,6 +95,17 @@ def gradient_of_all(
             place,
         )
         del made
+
+
+def _block_size(implementation: EmoStats, logits: torch.Tensor, kept: bool) -> int:
+    """Return the elements of a block of products, which are kept or made for the block alone.
+
+    Kept ones take no memory of their own, so that on a GPU they are made at once; but plain torch
+    adds tensors of the block's size.
+    """
+    if logits.device.type == "cpu":
+        return _KEPT_BLOCK if kept else _BLOCK
+    return logits.numel() if kept and implementation is not reference else _GPU_BLOCK
 
 
 def _blocks(size: int, *tensors: torch.Tensor | None) -> Iterator[Block]:
