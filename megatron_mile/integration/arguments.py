@@ -122,11 +122,7 @@ def config_from_namespace(namespace: Namespace) -> ObjectiveConfig | None:
 def _refuse_combination(config: ObjectiveConfig, flags: set[str]) -> None:
     """Stop a job whose flags do not fit its objective."""
     objective = config.objective
-    if config.definition.needs_cost and FUSED_FLAG in flags:
-        raise MileError(
-            f"{FUSED_FLAG} cannot be combined with --mile-objective {objective}, which reads the "
-            f"logits twice; train without {FUSED_FLAG}"
-        )
+    check_objective(config, FUSED_FLAG in flags)
     for other in OBJECTIVES:
         unused = sorted(flag for flag in flags if flag.startswith(_flag(other) + "-"))
         if unused and other != objective:
@@ -134,6 +130,18 @@ def _refuse_combination(config: ObjectiveConfig, flags: set[str]) -> None:
                 f"{', '.join(unused)} with --mile-objective {objective}, but only {other} has it; "
                 f"leave it out, or add --mile-objective {other}"
             )
+
+
+def check_objective(config: ObjectiveConfig, fused_linear: bool, has_rows: bool = False) -> None:
+    """Raise unless the objective takes a fused projection or cost rows where they are given."""
+    name, needs_cost = config.objective, config.definition.needs_cost
+    if fused_linear and needs_cost:
+        raise MileError(
+            f"{FUSED_FLAG} (fused_linear=True) cannot be combined with the objective {name}, which "
+            "reads the logits twice; leave it out"
+        )
+    if has_rows and not needs_cost:
+        raise MileError(f"cost rows with the objective {name}; they are for {', '.join(NEED_COST)}")
 
 
 def _flag(setting: str) -> str:

@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 
-from megatron_mile.config import ObjectiveConfig
 from megatron_mile.emo import CostRows, TargetCosts
 from megatron_mile.errors import MileError
 from megatron_mile.integration.arguments import COST_FLAG
 from megatron_mile.integration.models import tp_group, unwrap
-from megatron_mile.objectives import NEED_COST
 
 # A table of all products takes the place of product and exchange up to this size on each rank.
 TABLE_BYTES = 1 << 28
@@ -88,17 +86,6 @@ def fixed_rows(matrix: torch.Tensor, words: int, model: Any) -> CostRows:
     if module.vocab_size * shard * rows.itemsize <= TABLE_BYTES:
         return cost.tabulate(group)
     return cost.keep_norms()
-
-
-def check_objective(config: ObjectiveConfig, fused_linear: bool, cost: CostRows | None) -> None:
-    """Raise unless the objective takes a fused projection or cost rows where they are given."""
-    name, needs_cost = config.objective, config.definition.needs_cost
-    if fused_linear and needs_cost:
-        raise MileError(
-            f"fused_linear=True cannot be combined with the objective {name}; leave it out"
-        )
-    if cost is not None and not needs_cost:
-        raise MileError(f"cost rows with the objective {name}; they are for {', '.join(NEED_COST)}")
 
 
 class RowsAhead:

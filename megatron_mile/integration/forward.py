@@ -22,9 +22,9 @@ import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.errors import MileError
-from megatron_mile.integration import versions
 from megatron_mile.integration.host import METHOD
 from megatron_mile.integration.models import data_group, installed_config, unwrap
+from megatron_mile.integration.refusals import refuse_unequal_microbatches
 from megatron_mile.integration.telemetry import report_with_objective
 from megatron_mile.loss import TokenLoss
 from megatron_mile.ops import dispatch
@@ -422,15 +422,5 @@ def _alpha_group(model: Any, normalize: str) -> ProcessGroup | None:
     """
     if normalize not in ("global", "official"):
         return None
-    settings = unwrap(model).config
-    if any(getattr(settings, name, False) for name in versions.UNEQUAL_MICROBATCHES):
-        raise MileError(
-            f"normalize {normalize} cannot be combined with hybrid context parallel: ranks may run "
-            "different numbers of micro-batches; use local or none"
-        )
-    if (getattr(settings, "gtp_weight_remat_size", 1) or 1) > 1:
-        raise MileError(
-            f"normalize {normalize} cannot be combined with GTP weight rematerialisation: Megatron "
-            "counts tokens over another group; use local or none"
-        )
+    refuse_unequal_microbatches(unwrap(model).config, normalize)
     return data_group(model)

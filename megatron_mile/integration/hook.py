@@ -16,7 +16,8 @@ from megatron_mile.config import ObjectiveConfig
 from megatron_mile.emo import CostRows
 from megatron_mile.errors import MileError
 from megatron_mile.integration import models, versions
-from megatron_mile.integration.emo_rows import RowsAhead, check_objective, output_rows
+from megatron_mile.integration.arguments import check_objective
+from megatron_mile.integration.emo_rows import RowsAhead, output_rows
 from megatron_mile.integration.forward import Window, current_window, differentiated
 from megatron_mile.integration.fused import (
     DeferredLogits,
@@ -91,7 +92,7 @@ def attach(
             projection cannot be fused, `vocab_size` is not within its vocabulary, or the objective
             takes no `cost` or `fused_linear`.
     """
-    check_objective(config, fused_linear, cost)
+    check_objective(config, fused_linear, cost is not None)
     for chunk in model if isinstance(model, (list, tuple)) else [model]:
         module = unwrap(chunk)
         _refuse_own_loss(module)

@@ -40,7 +40,7 @@ def refuse_settings(args: Namespace, config: ObjectiveConfig | None) -> None:
     refuse_unreadable_optimizer(args)
     if config is None:
         return
-    refuse_unequal_microbatches(args, config)
+    refuse_unequal_microbatches(args, config.alpha_mode)
     refuse_replaced_loss(args)
 
 
@@ -77,20 +77,25 @@ def refuse_unreadable_optimizer(args: Namespace) -> None:
         )
 
 
-def refuse_unequal_microbatches(args: Namespace, config: ObjectiveConfig) -> None:
-    """Stop where a per-micro-batch all-reduce of alpha would hang or count other tokens."""
-    if config.alpha_mode not in ("global", "official"):
+def refuse_unequal_microbatches(settings: Any, normalize: str) -> None:
+    """Stop where a per-micro-batch all-reduce of alpha would hang or count other tokens.
+
+    Args:
+        settings: Megatron's args, or a model's config.
+        normalize: `ObjectiveConfig.alpha_mode`.
+    """
+    if normalize not in ("global", "official"):
         return
     reason = None
-    resized = [name for name in versions.UNEQUAL_MICROBATCHES if getattr(args, name, False)]
+    resized = [name for name in versions.UNEQUAL_MICROBATCHES if getattr(settings, name, False)]
     if resized:
         flag = "--" + resized[0].replace("_", "-")
         reason = f"{flag}: ranks may run different numbers of micro-batches"
-    elif (getattr(args, "gtp_weight_remat_size", 1) or 1) > 1:
+    elif (getattr(settings, "gtp_weight_remat_size", 1) or 1) > 1:
         reason = "GTP weight rematerialisation: Megatron counts tokens over another group"
     if reason:
         raise MileError(
-            f"--mile-normalize {config.normalize} cannot be combined with {reason}; use "
+            f"--mile-normalize {normalize} cannot be combined with {reason}; use "
             "--mile-normalize local or none"
         )
 
