@@ -264,6 +264,15 @@ def state_of(folder: Path) -> dict[str, object]:
     return found
 
 
+def checkpoint_content(folder: Path) -> dict[str, object]:
+    """Tensors and training arguments of a checkpoint, but for the tokenizer's place."""
+    source = Checkpoint(folder)
+    (common,) = source.reader.object(COMMON)
+    args = {name: str(value) for name, value in vars(common["args"]).items()}
+    del args["tokenizer_model"]
+    return args | {key: source.tensor(key).numpy().tobytes() for key in source.tensors}
+
+
 def bend(model: Path, changes: Mapping[str, Any], missing: str | None = None) -> None:
     """Write a checkpoint's folder again with other training arguments.
 
