@@ -53,17 +53,20 @@ def check_pairs(prefixes: list[str]) -> None:
 
     Args:
         prefixes: paths without suffix; those that are no pair of .bin and .idx, or cannot be read,
-            are passed over.
+            are passed over, and so are pipes.
 
     Raises:
         MileError: A .bin is shorter than its .idx says, or pairs have different tokenizers.
     """
     tokenizers = {}
     for prefix in prefixes:
+        pair, info = (f"{prefix}.bin", f"{prefix}.idx"), f"{prefix}.info"
+        if not all(map(os.path.isfile, pair)):
+            continue
         with contextlib.suppress(OSError):
             _check_length(prefix)
-            if tokenizer := _tokenizer(f"{prefix}.info"):
-                tokenizers[f"{prefix}.info"] = tokenizer
+            if os.path.isfile(info) and (tokenizer := _tokenizer(info)):
+                tokenizers[info] = tokenizer
     check_tokenizers(tokenizers)
 
 

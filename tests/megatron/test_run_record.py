@@ -193,6 +193,11 @@ def test_short_bin_cut_idx_and_mixed_tokenizers_are_named(tmp_path: Path) -> Non
     check_pairs(pairs)
     one.unlink()
     check_pairs([*pairs, str(tmp_path / "absent"), str(tmp_path)])
+    os.mkfifo(one)  # to open a pipe waits for whoever writes into it
+    check_pairs(pairs)
+    os.remove(f"{pairs[0]}.idx")
+    os.mkfifo(f"{pairs[0]}.idx")
+    check_pairs(pairs)
     os.truncate(f"{pairs[0]}.bin", 15)
     with pytest.raises(MileError, match=f"^{pairs[0]}.bin: 15 bytes, but its .idx describes 16"):
         check_pairs(pairs[:1])
