@@ -28,7 +28,7 @@ CHIPS = [80, 90, 100]  # A100, H100 and H200, B200
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?(\S+)\s*(.*?)\s*;", re.M)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_FP64 = re.compile(r"^(D[A-Z]+\b(?!EP)|.*\.F64)")
+_FP64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)\b|\S+\.F64")
 
 
 class Instruction(NamedTuple):
