@@ -9,6 +9,7 @@ compiled. So signature, specialisation, block sizes and warps are the launcher's
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -16,17 +17,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 ROWS = 8192
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
+CHIPS = [80, 90, 100]  # A100, H100 and H200, B200
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?(\S+)\s*(.*?)\s*;", re.M)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_FP64 = re.compile(r"^(D[A-Z]+\b(?!EP)|.*\.F64)")
+_FP64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)\b|\S+\.F64")
 
 
 class Instruction(NamedTuple):
@@ -70,33 +72,43 @@ class Code(NamedTuple):
     """Instructions of a thread on the shortest way round the loop, by the logits it handles."""
 
 
-def read(cubin: bytes, logits: float, **names: Any) -> Code:
-    """Return what the disassembler tells; `logits` is how many a thread handles in one round."""
-    registers, stack, shared, local, listing = _disassembled(cubin)
+def read(kernel: Any, chip: int, name: str, dtype: str, columns: int) -> Code:
+    """Return what the disassembler tells about a compiled kernel."""
+    registers, stack, shared, local, listing = _disassembled(kernel.asm["cubin"])
     code = [Instruction(int(a, 16), p, *rest) for a, p, *rest in _INSTRUCTION.findall(listing)]
-    body = _loop(code)
+    body, warps = _loop(code), kernel.metadata.num_warps
+    block = kernel.src.constants[(kernel.src.fn.arg_names.index("BLOCK"),)]
     return Code(
+        chip=chip,
+        kernel=name,
+        dtype=dtype,
+        columns=columns,
         registers=registers,
         stack=stack + local,
         shared=shared,
+        warps=warps,
         barriers=sum(i.name.startswith(("BAR", "WARPSYNC")) for i in body),
         loads=_widths(body, "LDG"),
         stores=_widths(body, "STG"),
         fp64=sum(bool(_FP64.match(i.name)) for i in body),
         nan=sum(".NAN" in i.name for i in body),
-        per_logit=round(_shortest(body) / logits, 2),
-        **names,
+        per_logit=round(_shortest(body) * 32 * warps / block, 2),
     )
 
 
-def _disassembled(cubin: bytes) -> tuple[int, int, int, int, str]:
-    from triton.backends import nvidia
+def disassembler() -> Path:
+    """Return where Triton's own lies, if it has one."""
+    spec = find_spec("triton.backends.nvidia")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "bin" / "cuobjdump"
 
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+
+def _disassembled(cubin: bytes) -> tuple[int, int, int, int, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "-sass", "--dump-resource-usage", file.name]
+        command = [disassembler(), "-sass", "--dump-resource-usage", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = _RESOURCES.search(listing)
     assert found is not None, listing[:500]
@@ -173,17 +185,17 @@ def _compiling_only(chip: int, found: list[Any]) -> Iterator[None]:
         JITFunction.run, driver._active = launch, before
 
 
-def cases(dtype: str, columns: int) -> dict[str, Callable[[], None]]:
-    """Return calls of the launchers for [ROWS, columns] logits, whose last kernel is the case's."""
+def cases(dtype: str, columns: int, rows: int = ROWS) -> dict[str, Callable[[], Any]]:
+    """Return calls of the launchers for [rows, columns] logits, whose last kernel is the case's."""
     from megatron_mile.ops.blocks import Coefficients
     from megatron_mile.ops.emo import kernel as emo
     from megatron_mile.ops.token_stats import kernel
 
-    logits = torch.empty(ROWS, columns, dtype=_DTYPES[dtype])
+    logits = torch.empty(rows, columns, dtype=_DTYPES[dtype])
     # Megatron pads the vocabulary; the padding may be masked.
-    padded = torch.empty(ROWS, -columns // 128 * -128, dtype=_DTYPES[dtype])[:, :columns]
-    targets, scale = torch.empty(ROWS, dtype=torch.int64), torch.empty(columns)
-    row = torch.empty(ROWS)
+    padded = torch.empty(rows, -columns // 128 * -128, dtype=_DTYPES[dtype])[:, :columns]
+    targets, scale = torch.empty(rows, dtype=torch.int64), torch.empty(columns)
+    row = torch.empty(rows)
     pair, triple = Coefficients(row, row), Coefficients(row, row, row)
     block = (padded, padded, scale, targets)
 
@@ -200,24 +212,13 @@ def cases(dtype: str, columns: int) -> dict[str, Callable[[], None]]:
 
 
 def codes(chips: list[int], dtypes: list[str], columns: list[int]) -> Iterator[Code]:
-    """Yield what each kernel becomes."""
-    for chip in chips:
-        for dtype in dtypes:
-            for width in columns:
-                found = dict(compiled(chip, cases(dtype, width)))  # the last one of each case
-                for name, kernel in found.items():
-                    constants = {k[0]: v for k, v in kernel.src.constants.items()}
-                    block = constants[kernel.src.fn.arg_names.index("BLOCK")]
-                    warps = kernel.metadata.num_warps
-                    yield read(
-                        kernel.asm["cubin"],
-                        block / (32 * warps),
-                        chip=chip,
-                        kernel=name,
-                        dtype=dtype,
-                        columns=width,
-                        warps=warps,
-                    )
+    """Yield what each kernel becomes; one that serves several cases is read once."""
+    known: dict[str, Code] = {}
+    for chip, dtype, width in itertools.product(chips, dtypes, columns):
+        for name, kernel in dict(compiled(chip, cases(dtype, width))).items():
+            if kernel.hash not in known:
+                known[kernel.hash] = read(kernel, chip, name, dtype, width)
+            yield known[kernel.hash]._replace(kernel=name, columns=width)
 
 
 def _table(found: Iterator[Code]) -> Iterator[str]:
@@ -236,7 +237,7 @@ def _cell(value: Any) -> str:
 def main() -> None:
     """Print the table, or a list of dictionaries."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--chips", type=int, nargs="+", default=list(MULTIPROCESSORS))
+    parser.add_argument("--chips", type=int, nargs="+", default=CHIPS)
     parser.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=["bf16"])
     parser.add_argument("--columns", type=int, nargs="+", default=[32000, 31999, 16384])
     parser.add_argument("--json", action="store_true")
