@@ -208,16 +208,16 @@ def _add_product(total: torch.Tensor, d_logits: torch.Tensor, rows: torch.Tensor
 def adds_to_wider(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether torch adds a product of narrow matrices to an fp32 sum here.
 
-    Tried and not looked up: a CPU does not, nor does torch before 2.8, and 2.8 and 2.9 have the
-    argument but refuse a sum in fp32.
+    Tried once and not looked up, which waits for the device. A CPU does not, nor does torch before
+    2.8; 2.8 and 2.9 have the argument, but take no sum in fp32 (pytorch #154086, #167931).
     """
-    part = torch.zeros(16, 16, dtype=dtype, device=device)
-    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    part = torch.ones(16, 16, dtype=dtype, device=device)
+    total = torch.ones(16, 16, dtype=torch.float32, device=device)
     try:
         torch.addmm(total, part, part, out_dtype=torch.float32, out=total)
+        return bool((total == 17).all())
     except (RuntimeError, TypeError):
         return False
-    return True
 
 
 def _finished(

@@ -4,10 +4,12 @@ The forward reads the logits once and exchanges four numbers per token over the 
 group; the backward reads them once, writes the gradient once, and exchanges nothing. What is saved
 for it is the logits themselves and a few numbers per token. EMO has a node of its own, in `emo`.
 
-    logits [..., V/tp]  --ops-->              (m, S, T, z_y) of this shard
-                        --parallel.vocab-->   the same of the whole vocabulary, one all_gather
-                        --objectives-->       loss, and the coefficients of its gradient
-    d logits            <--ops--              coefficients times the incoming gradient
+    logits [..., V/tp]  --ops.token_stats--> (m, S, T, z_y) of this shard
+                        --parallel.vocab-->  those of all shards, one all_gather
+                        --ops.per_token-->   those of the whole vocabulary, nll and entropy
+                        --objectives-->      weight
+                        --ops.per_token-->   loss, and the coefficients of its gradient
+    d logits            <--ops.token_stats-- coefficients times the incoming gradient
 """
 
 from typing import Any, NamedTuple

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import weakref
 from collections.abc import Callable
@@ -185,16 +186,17 @@ def _make_hook(
             )
         else:
             check_shard(self, labels, tuple(logits.shape), group)
-            inplace = not logits_are_read(self)
-            # As [b, s, V/tp], which is read where it lies: nothing per token is turned then.
-            stats = token_loss(
-                logits.transpose(0, 1),
-                labels,
-                config,
-                group,
-                inplace=inplace,
+            loss = functools.partial(
+                token_loss,
+                config=config,
+                tp_group=group,
+                inplace=not logits_are_read(self),
                 vocab_size=vocab_size,
             )
+            if logits.device.type == "cpu":  # which is faster on rows in the order they lie in
+                stats = _turned(loss(logits, labels.transpose(0, 1)))
+            else:  # nothing per token needs to be turned, which would be a launch for each field
+                stats = loss(logits.transpose(0, 1), labels)
         return window.put(stats, config)
 
     compute_language_model_loss.__wrapped__ = host  # type: ignore[attr-defined]

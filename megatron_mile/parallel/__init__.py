@@ -1,6 +1,6 @@
 """Where the data is split: the only collectives in the library.
 
-`vocab` joins statistics and looks rows up over the tensor-parallel group, `hidden` gathers and
+`vocab` gathers statistics and looks rows up over the tensor-parallel group, `hidden` gathers and
 reduces hidden states there, and `tokens` joins the normaliser over the data- and context-parallel
 group. No objective, no kernel and nothing of Megatron may live here.
 """

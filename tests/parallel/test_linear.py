@@ -161,19 +161,19 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("refusal", [None, RuntimeError, TypeError])
-def test_a_product_is_added_to_a_wider_sum_if_torch_takes_it(
-    refusal: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fault", [None, RuntimeError, TypeError, "a wrong sum"])
+def test_a_product_is_added_to_a_wider_sum_if_torch_does_so(
+    fault: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Only a GPU's torch has it. It is played here: as of 2.10, as in 2.8 and 2.9, as before.
+    # Only a GPU's torch does. It is played here: as from 2.10, as in 2.8 and 2.9, as before.
     calls = []
 
     def addmm(total: Any, a: Any, b: Any, out_dtype: torch.dtype, out: Any) -> None:
         calls.append(out_dtype)
-        if refusal is not None:
-            raise refusal
+        if isinstance(fault, type):
+            raise fault
         assert (total.dtype, a.dtype, b.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
-        out += a.float() @ b.float()
+        out += a.float() @ b.float() + (fault is not None)
 
     monkeypatch.setattr(torch, "addmm", addmm)
     linear.adds_to_wider.cache_clear()
@@ -183,7 +183,7 @@ def test_a_product_is_added_to_a_wider_sum_if_torch_takes_it(
         linear._add_product(total, d_logits, rows)
         assert error(total, 1 + d_logits.double().t() @ rows.double()) <= 1e-6
     linear.adds_to_wider.cache_clear()
-    assert len(calls) == (3 if refusal is None else 1)  # tried once
+    assert len(calls) == (3 if fault is None else 1)  # tried once
 
 
 def test_blocks_are_counted_in_bytes() -> None:

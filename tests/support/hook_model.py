@@ -153,9 +153,8 @@ def run_checks(names: Mapping[str, Any], folder: str, tensor_parallel: int = 1) 
     else:
         torch.distributed.init_process_group("gloo")
         assert torch.distributed.get_world_size() == names["RANKS"]
-    parallel_state.initialize_model_parallel(
-        tensor_parallel, create_gloo_process_groups=not pretended
-    )
+    without_gloo = {"create_gloo_process_groups": False} if pretended else {}
+    parallel_state.initialize_model_parallel(tensor_parallel, **without_gloo)
     model_parallel_cuda_manual_seed(1)
     failures = {}
     for name, check in checks_of(names).items():

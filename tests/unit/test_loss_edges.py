@@ -242,9 +242,9 @@ def test_token_loss_refuses_a_backend_that_is_not_there() -> None:
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in NEED_COST])
 def test_forward_on_a_gpu_stays_there(objective: str, normalize: str, inplace: bool) -> None:
     # On the path of a GPU, without one: reading a value raises, and so does a tensor of the CPU.
-    # The backward would need a driver; tests/megatron/jobs/launch_checks.py runs it on "meta".
+    # Autograd would need a driver; tests/megatron/jobs/launch_checks.py has it, on "meta".
     with FakeTensorMode():
-        logits = torch.empty(2, 3, 50, device="cuda", requires_grad=True) * 1
+        logits = torch.empty(2, 3, 50, device="cuda")
         targets = torch.empty(2, 3, dtype=torch.long, device="cuda")
         config = ObjectiveConfig(objective, normalize=normalize)
         out = token_loss(logits, targets, config, inplace=inplace, vocab_size=40)

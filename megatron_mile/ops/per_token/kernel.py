@@ -321,10 +321,14 @@ def _fake_sums(
     valid: torch.Tensor,
     nll: torch.Tensor,
     entropy: torch.Tensor,
-    figures: Sequence[torch.Tensor],
+    first: torch.Tensor | None,
+    second: torch.Tensor | None,
+    third: torch.Tensor | None,
+    fourth: torch.Tensor | None,
 ) -> torch.Tensor:
+    number = sum(figure is not None for figure in (first, second, third, fourth))
     blocks = triton.cdiv(mask.numel(), _SUM_BLOCK)
-    return mask.new_empty(blocks, len(figures) + 3, dtype=torch.float64)
+    return mask.new_empty(blocks, number + 3, dtype=torch.float64)
 
 
 @operator("sum_up", _fake_sums)
@@ -333,16 +337,23 @@ def _sums_of_blocks(
     valid: torch.Tensor,
     nll: torch.Tensor,
     entropy: torch.Tensor,
-    figures: Sequence[torch.Tensor],
+    first: torch.Tensor | None,
+    second: torch.Tensor | None,
+    third: torch.Tensor | None,
+    fourth: torch.Tensor | None,
 ) -> torch.Tensor:
-    sums = _fake_sums(mask, valid, nll, entropy, figures)
-    tensors = [x.contiguous() for x in (mask, valid, nll, entropy, *figures)]
-    assert len(figures) <= _MOST_FIGURES
-    tensors += [mask] * (_MOST_FIGURES - len(figures))
+    """Return the sums of each block of tokens; not a list of figures, which torch 2.4 refuses."""
+    figures = (first, second, third, fourth)
+    sums = _fake_sums(mask, valid, nll, entropy, *figures)
     if len(sums):
+        given = (mask, valid, nll, entropy, *(mask if x is None else x for x in figures))
         with torch.cuda.device_of(mask):
             sums_kernel[(len(sums),)](
-                *tensors, sums, mask.numel(), NUMBER=len(figures), BLOCK=_SUM_BLOCK
+                *(x.contiguous() for x in given),
+                sums,
+                mask.numel(),
+                NUMBER=sums.size(1) - 3,
+                BLOCK=_SUM_BLOCK,
             )
     return sums
 
@@ -355,4 +366,5 @@ def sum_up(
     figures: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Return the sums, [n + 3]; see `megatron_mile.ops.per_token.PerToken`."""
-    return _sums_of_blocks(mask, valid, nll, entropy, figures).sum(0)
+    padded = (*figures, *[None] * (_MOST_FIGURES - len(figures)))
+    return _sums_of_blocks(mask, valid, nll, entropy, *padded).sum(0)
