@@ -70,13 +70,12 @@ def _row_start(
 
 
 @triton.jit
-def _aligned(start: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+def _aligned(start: tl.tensor, PIECE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Return the multiple of 16 bytes at or before an address, and how many entries before.
 
     What lies between belongs to no other page of memory than the address: it can be read.
     """
-    size: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // 8
-    skew = ((start.to(tl.int64) % 16) // size).to(tl.int32)
+    skew = (start.to(tl.int64) % 16 * PIECE // 16).to(tl.int32)
     return tl.multiple_of(start - skew, 16), skew
 
 
@@ -129,10 +128,9 @@ def _store_edge(
     entries = _entries(PIECE)
     place, value = base + pieces + entries, value.to(base.dtype.element_ty)
     whole = (pieces >= skew) & (pieces + PIECE <= end)
+    inside = (entries >= skew - pieces) & (entries < end - pieces)
     tl.store(place, value, mask=whole)
-    tl.store(
-        place, value, mask=(entries >= skew - pieces) & (entries < end - pieces) & (whole == 0)
-    )
+    tl.store(place, value, mask=inside & (whole == 0))
 
 
 @triton.jit
@@ -216,7 +214,7 @@ def token_stats_fwd_kernel(
     """
     row, part = tl.program_id(0), tl.program_id(1)
     start = _row_start(logits, row, inner, outer_stride, inner_stride)
-    base, skew = _aligned(start)
+    base, skew = _aligned(start, PIECE)
     target = tl.load(targets + row)
     first, end = part * tiles * BLOCK, skew + columns
     stop = tl.minimum(first + tiles * BLOCK, end)
@@ -324,7 +322,8 @@ def token_stats_bwd_kernel(
     # Where all are 0 the logits are not read; 0 * NaN of them would be NaN.
     wanted = is_zero == 0
     anchor = tl.where(is_zero | (m == _MINUS_INF), 0.0, m)
-    base, skew = _aligned(_row_start(logits, row, inner, outer_stride, inner_stride))
+    start = _row_start(logits, row, inner, outer_stride, inner_stride)
+    base, skew = _aligned(start, PIECE)
     out = _row_start(grad, row, inner, grad_outer_stride, grad_inner_stride) - skew
     if ALIKE:
         out = tl.multiple_of(out, 16)
