@@ -16,9 +16,9 @@ that each thread loads pieces of 16 bytes. The first and the last tile may hold 
 rows or none, and leave these out; the tiles between need no mask.
 
 Rows may lie at two strides ([s, b, V] and slices of it are read where they are); other layouts are
-made contiguous first. The launchers are custom operators, so that torch.compile passes over them
-and functionalises the one that writes. Integers do not specialise the kernels: each is compiled
-once for a dtype, not again for another number of tokens.
+made contiguous first. The launchers are operators for torch.compile, which passes over
+them and functionalises the one that writes. Integers do not specialise the kernels: each is
+compiled once for a dtype, not again for another number of tokens.
 
 With TRITON_INTERPRET=1 in the environment when Triton is first imported, the same code runs on CPU
 tensors, slowly.
@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from megatron_mile.ops.blocks import Coefficients
+from megatron_mile.ops.operators import operator
 from megatron_mile.ops.token_stats import reference
 
 _FLOOR = tl.constexpr(reference.FLOOR)
@@ -379,7 +380,11 @@ def token_stats_backward(
     return out
 
 
-@torch.library.custom_op("megatron_mile::token_stats", mutates_args=())
+def _forward_result(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return logits.new_empty(4, *targets.shape, dtype=torch.float32)
+
+
+@operator("token_stats", _forward_result)
 def _forward(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     stats = _forward_result(logits, targets)
     rows = targets.numel()
@@ -411,12 +416,19 @@ def _forward(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return stats
 
 
-@_forward.register_fake
-def _forward_result(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return logits.new_empty(4, *targets.shape, dtype=torch.float32)
+def _nothing(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    m: torch.Tensor,
+    flat: torch.Tensor,
+    peak: torch.Tensor,
+    tilt: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    return None
 
 
-@torch.library.custom_op("megatron_mile::token_stats_backward", mutates_args=("out",))
+@operator("token_stats_backward", _nothing, mutates=("out",))
 def _backward(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -456,19 +468,6 @@ def _backward(
         )
     if grad.data_ptr() != out.data_ptr():
         out.copy_(grad.view_as(out))
-
-
-@_backward.register_fake
-def _nothing(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    m: torch.Tensor,
-    flat: torch.Tensor,
-    peak: torch.Tensor,
-    tilt: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    return None
 
 
 def _in_rows(tensor: torch.Tensor) -> torch.Tensor:
