@@ -102,3 +102,21 @@ class TestKernel(Contract):
             assert most is None or tiles <= most
             busy = rows * parts * tiling.warps >= 132 * 32
             assert busy or parts == tiling.tiles
+
+
+def test_rows_are_alike_only_where_each_begins_as_far_from_16_bytes() -> None:
+    # On a GPU, wide stores to others would be an error that the interpreter cannot show.
+    memory = torch.empty(4096, dtype=torch.bfloat16)
+
+    def rows(offset: int, outer: int, inner: int) -> torch.Tensor:
+        return memory.as_strided((2, 3, 5), (outer, inner, 1), offset)
+
+    logits = rows(0, 1000, 31)
+    assert kernel._are_alike(logits, logits)
+    assert kernel._are_alike(logits, rows(8, 1024 - 24, 31 + 16))
+    assert not kernel._are_alike(logits, rows(1, 1000, 31))
+    assert not kernel._are_alike(logits, rows(0, 1001, 31))
+    assert not kernel._are_alike(logits, rows(0, 1000, 32))
+    assert not kernel._are_alike(logits, torch.empty(2, 3, 5))
+    # The stride of a dimension of one row means nothing.
+    assert kernel._are_alike(memory.as_strided((1, 1, 5), (3, 7, 1)), memory.view(1, 1, -1))
