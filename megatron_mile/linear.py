@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import TokenLoss, check_dtypes, weigh_shard
@@ -204,20 +205,28 @@ def _add_product(total: torch.Tensor, d_logits: torch.Tensor, rows: torch.Tensor
         total.addmm_(d_logits.t().to(total.dtype), rows.to(total.dtype))
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def adds_to_wider(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether torch adds a product of narrow matrices to an fp32 sum here.
 
     Tried once and not looked up, which waits for the device. A CPU does not, nor does torch before
     2.8; 2.8 and 2.9 have the argument, but take no sum in fp32 (pytorch #154086, #167931).
     """
-    part = torch.ones(16, 16, dtype=dtype, device=device)
-    total = torch.ones(16, 16, dtype=torch.float32, device=device)
-    try:
-        torch.addmm(total, part, part, out_dtype=torch.float32, out=total)
-        return bool((total == 17).all())
-    except (RuntimeError, TypeError):
-        return False
+    return _try_wider_sum(device, dtype)
+
+
+@functools.cache
+def _try_wider_sum(device: torch.device, dtype: torch.dtype) -> bool:
+    with unset_fake_temporarily():  # what has no values cannot be tried
+        part = torch.ones(16, 16, dtype=dtype, device=device)
+        total = torch.full((16, 16), 1 + 2**-12, dtype=torch.float32, device=device)
+        try:
+            torch.addmm(total, part, part, out_dtype=torch.float32, out=total)
+            return bool((total == 17 + 2**-12).all())  # which neither bf16 nor fp16 can hold
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError):
+            return False
 
 
 def _finished(

@@ -62,8 +62,8 @@ def token_loss(
     """Return the loss of every token: w(nll, H) * nll, or EMO's.
 
     A target that is neither `ignore_index` nor held by a shard gives a loss and gradient of NaN,
-    so that the host's NaN check stops the job. A token that is ignored, or whose incoming gradient
-    is exactly 0, gets a gradient of exactly 0 whatever its logits and target hold.
+    so that the host's NaN check stops the job. A token whose incoming gradient is exactly 0, or
+    finite where it is ignored, gets a gradient of exactly 0 whatever its logits and target hold.
 
     Args:
         logits: [..., V/tp] in fp64, fp32, bf16 or fp16, with any strides. -inf masks an entry.

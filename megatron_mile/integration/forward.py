@@ -290,9 +290,10 @@ class _Reduction:
         loss, *count, report = _results(loss_func(probe.clone(), *args, **kwargs))
         share = _share(loss, probe)
         # A mean has divided the mask by its sum.
-        whole = None if count else share.max().clamp(min=torch.finfo(share.dtype).tiny)
-        sums = _sums(self.config, stats, share if whole is None else share / whole)
-        parts, weights, losses, entropies, *distances, broken, negative = sums
+        largest_share = None if count else share.max().clamp(min=torch.finfo(share.dtype).tiny)
+        mask = share if largest_share is None else share / largest_share
+        sums = _sums(self.config, stats, mask)
+        mask_sum, weights, losses, entropies, *distances, broken, negative = sums
         group = _alpha_group(model, self.config.alpha_mode)
         waiting = start_normaliser(sums[:2], self.config.alpha_mode, group)
         if not self.checked:
@@ -303,12 +304,12 @@ class _Reduction:
         # NaN, because a look at it would wait for the device.
         alpha = waiting().masked_fill_(sums[-2:].any(), torch.nan)
         trained = alpha * losses
-        value = trained if whole is None else trained * whole
+        value = trained if largest_share is None else trained * largest_share
         total = _Objective.apply(output_tensor, share, alpha, value)
         if has_other_leaves:
             total = total + (loss - (share * probe.detach()).sum())
         figures = [trained, entropies, weights, *distances]
-        return (total, *count, report_with_objective(report, parts, figures, model))
+        return (total, *count, report_with_objective(report, mask_sum, figures, model))
 
 
 def differentiated(*tensors: Any) -> bool:

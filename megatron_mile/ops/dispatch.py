@@ -83,7 +83,8 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 def _compiler_obstacle() -> str | None:
     """Return why Triton cannot build what launches its kernels: a C extension of Python.
 
-    It would raise in the first forward. The compilers are those that Triton looks for.
+    Without its result in Triton's cache the first forward would raise. The compilers are those that
+    Triton looks for.
     """
     names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(shutil.which(name) for name in names):

@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from megatron_mile.integration.arguments import Namespace
 from megatron_mile.run_record.data_files import check_pairs
 
 BLOCK, BLOCKS = 1 << 20, 64

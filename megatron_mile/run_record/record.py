@@ -15,7 +15,6 @@ import stat
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 
 import megatron_mile
 from megatron_mile.errors import MileError
+from megatron_mile.integration.arguments import Namespace
 from megatron_mile.run_record.data import data_of
 
 RECORD = "run_record.json"

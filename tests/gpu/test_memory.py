@@ -12,6 +12,7 @@ MIB = 1 << 20
 def peak_mib(logits: torch.Tensor, targets: torch.Tensor, inplace: bool) -> float:
     """Return what forward and backward take beyond their inputs, MiB, in a second call."""
     for _ in range(2):  # the first compiles
+        consumed = None
         used = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         consumed = logits * 1

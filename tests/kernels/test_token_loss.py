@@ -40,7 +40,7 @@ def test_select_gives_the_kernel() -> None:
     assert dispatch.select("auto", DEVICE)[0] is (kernel if GPU else chunked)
 
 
-# 127: one tile with idle lanes; 9001: two tiles.
+# 127: one tile with idle lanes; 9001: several tiles.
 @pytest.mark.parametrize("vocab", [127, 9001])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)

@@ -9,7 +9,7 @@ from support.helpers import error, oracle, run_ranks, weighted_configs
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_mile import linear
+from megatron_mile import ObjectiveConfig, linear
 from megatron_mile.linear import block_tokens, linear_token_loss
 from megatron_mile.loss import token_loss
 
@@ -176,14 +176,52 @@ def test_a_product_is_added_to_a_wider_sum_if_torch_does_so(
         out += a.float() @ b.float() + (fault is not None)
 
     monkeypatch.setattr(torch, "addmm", addmm)
-    linear.adds_to_wider.cache_clear()
+    linear._try_wider_sum.cache_clear()
     d_logits, rows = torch.randn(2, 5, 3).bfloat16()
     for _ in range(2):
         total = torch.ones(3, 3)
         linear._add_product(total, d_logits, rows)
         assert error(total, 1 + d_logits.double().t() @ rows.double()) <= 1e-6
-    linear.adds_to_wider.cache_clear()
+    linear._try_wider_sum.cache_clear()
     assert len(calls) == (3 if fault is None else 1)  # tried once
+
+
+def test_a_sum_that_is_rounded_to_the_product_is_not_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    def addmm(total: Any, a: Any, b: Any, out_dtype: torch.dtype, out: Any) -> None:
+        out.copy_((total + a.float() @ b.float()).to(a.dtype))
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    linear._try_wider_sum.cache_clear()
+    assert not linear.adds_to_wider(torch.device("cpu"), torch.bfloat16)
+    linear._try_wider_sum.cache_clear()
+
+
+def test_memory_that_is_short_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def addmm(*_: Any, **__: Any) -> None:
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    linear._try_wider_sum.cache_clear()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        linear.adds_to_wider(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.undo()
+    assert not linear.adds_to_wider(torch.device("cpu"), torch.bfloat16)  # asked again
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_token_loss_compiles_as_one_graph(dtype: torch.dtype) -> None:
+    linear._try_wider_sum.cache_clear()
+    hidden, weight = torch.randn(6, 8, dtype=dtype), torch.randn(50, 8, dtype=dtype)
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return linear_token_loss(hidden, weight, torch.arange(6), ObjectiveConfig()).loss.sum()
+
+    grads = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        grads.append(torch.autograd.grad(function(*leaves), leaves))
+    for eager, compiled in zip(*grads, strict=True):
+        assert torch.equal(eager, compiled)
 
 
 def test_blocks_are_counted_in_bytes() -> None:

@@ -120,8 +120,8 @@ def report(outcomes: dict[str, str], rows: Iterable[Row], steps: Iterable[Row]) 
 
     Args:
         outcomes: of the parts, by name.
-        rows: of results.csv, of this device.
-        steps: of train_steps.csv, of this device.
+        rows: of results.csv, of one GPU like this.
+        steps: of train_steps.csv, likewise.
     """
     lines = [f"# On one {conditions()['device']}", "", "| part | outcome |", "|---|---|"]
     lines += [f"| {name} | {outcome} |" for name, outcome in outcomes.items()]
@@ -164,11 +164,13 @@ def _line(name: str, phases: dict[str, Row]) -> str:
 
 
 def _rows(path: Path) -> list[Row]:
-    """Return the rows of a table that are of this device."""
+    """Return the rows of a table that are of one GPU like this."""
     if not path.exists():
         return []
+    device = conditions()["device"]
     with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["device"] == conditions()["device"]]
+        rows = csv.DictReader(file)
+        return [row for row in rows if (row["device"], row["tp"]) == (device, "1")]
 
 
 def prove(args: argparse.Namespace) -> None:

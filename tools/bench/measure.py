@@ -59,8 +59,14 @@ class Call:
         torch.cuda.synchronize()
         self.restore()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_pool()):
-            self.backward(self.forward())
+        try:
+            # The outer one, because torch leaves the capture's stream current if that fails.
+            outer = torch.cuda.stream(torch.cuda.current_stream())
+            with outer, torch.cuda.graph(graph, pool=_pool()):
+                self.backward(self.forward())
+        except RuntimeError:
+            _pool.cache_clear()  # it may still count as being recorded to
+            raise
         self.graph = graph
 
 

@@ -3,7 +3,7 @@
     torch      target rows [n, d] x cost rows [d, V] --GEMM--> products P [n, V]
     forward    z, P [n, V], scale [V]  --one read-->  (R, C) [2, n] fp64         one program per row
     backward   z, P [n, V], scale [V], 3 coefficients [n]  --one read, one write-->  grad [n, V]
-                                                                 one program per row and tile
+                                                           one program per row and a few tiles
 
 The product stays with torch: cuBLAS reaches the speed of the machine, and fused into the kernel it
 would have to be done twice, because a row's gradient needs D of all shards, or P be written anyway.

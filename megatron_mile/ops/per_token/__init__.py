@@ -20,7 +20,7 @@ from megatron_mile.ops.token_stats import TokenStats
 
 
 class PerToken(Protocol):
-    """What an implementation (a module of this folder) offers; results are contiguous."""
+    """What an implementation (a module of this folder) offers."""
 
     def locate(
         self, targets: torch.Tensor, start: int, end: int, ignore_index: int

@@ -8,8 +8,8 @@
 Two kernels, because a row's gradient needs the statistics of all shards. Where there are too few
 rows to keep a GPU busy, several programs share a row in the forward, and a third kernel joins them.
 All compute in fp32 and round once, when the gradient is stored. There is no atomic operation, so
-that a result depends on nothing but its row and the shape; nothing waits for the device, and no
-shape or block size depends on the data.
+that a result depends on its row, where that begins within 16 bytes, the shape and the GPU alone;
+nothing waits for the device, and no shape or block size depends on the data.
 
 A program takes a row in tiles. Tiles begin at a multiple of 16 bytes, wherever the row begins, so
 that each thread loads pieces of 16 bytes. The first and the last tile may hold entries of other
