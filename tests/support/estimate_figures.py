@@ -41,7 +41,7 @@ VARIANTS = {
     "fp32": ["--mile-objective", "ce"],
     "host's loss": ["--mile-objective", "none"],
     "emo": [*EMO],
-    "fused": ["--mile-fused-linear"],
+    "fused": ["--mile-fused-linear", "--micro-batch-size", "16"],
     "pipeline": ["--pipeline-model-parallel-size", "4"],
     "recompute": ["--recompute-granularity", "full", "--recompute-method", "uniform"],
     "context": ["--context-parallel-size", "2"],
