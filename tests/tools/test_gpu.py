@@ -58,12 +58,11 @@ def test_parts_name_flags_that_their_tools_have(tmp_path: Path) -> None:
 
 def test_report_tells_outcomes_and_the_last_run_of_each_loss(tmp_path: Path) -> None:
     table = tmp_path / "results.csv"
-    names = ["ours-inplace", "liger"]
-    for rounds in ("1", "2"):
-        flags = [*SMALL, "--dtypes", "fp32", "--rounds", rounds, "--output", str(table)]
-        run.main([*flags, "--providers", *names])
+    flags = [*SMALL, "--dtypes", "fp32", "--output", str(table)]
+    run.main([*flags, "--providers", "ours-inplace", "liger"])
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
+    rows = [*({**row, "p50_ms": "9" * bool(row["phase"])} for row in rows), *rows]
     replayed = {**rows[-2], "provider": "ours-inplace", "phase": "replayed", "p50_ms": "0.125"}
     steps = [{"precision": "bf16", "pairs": "40", "ratio_mean": "1.002", "ratio_bound": "1.01"}]
     text = report({"tests": "done in 3 s"}, [*rows, replayed], steps)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tools").rglob("*.py"))
 SCRIPTS = [
     *(file for file in FILES if file.count("/") == 1 and not file.endswith("__init__.py")),
-    *(f"tools/bench/{name}.py" for name in ("paired_steps", "plot", "run", "train_step")),
+    *(f"tools/bench/{name}.py" for name in ("gpu", "paired_steps", "plot", "run", "train_step")),
 ]
 
 
