@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import TokenLoss, check_dtypes, weigh_shard
@@ -205,7 +204,6 @@ def _add_product(total: torch.Tensor, d_logits: torch.Tensor, rows: torch.Tensor
         total.addmm_(d_logits.t().to(total.dtype), rows.to(total.dtype))
 
 
-@torch.compiler.assume_constant_result
 def adds_to_wider(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether torch adds a product of narrow matrices to an fp32 sum here.
 
@@ -215,8 +213,14 @@ def adds_to_wider(device: torch.device, dtype: torch.dtype) -> bool:
     return _try_wider_sum(device, dtype)
 
 
+# As torch.compiler.assume_constant_result does it, whose import brings Dynamo and Triton along.
+adds_to_wider._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _try_wider_sum(device: torch.device, dtype: torch.dtype) -> bool:
+    from torch._subclasses.fake_tensor import unset_fake_temporarily  # it imports Triton
+
     with unset_fake_temporarily():  # what has no values cannot be tried
         part = torch.ones(16, 16, dtype=dtype, device=device)
         total = torch.full((16, 16), 1 + 2**-12, dtype=torch.float32, device=device)
