@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import library
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -25,7 +26,7 @@ def operator(
     """
 
     def register(function: F) -> F:
-        traced = torch.library.custom_op(f"megatron_mile::{name}", function, mutates_args=mutates)
+        traced = library.custom_op(f"megatron_mile::{name}", function, mutates_args=mutates)
         traced.register_fake(fake)
 
         @functools.wraps(function)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.helpers import assert_close, error, hard_rows, oracle, weighted_configs
+from torch import library
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.linear import linear_token_loss
@@ -139,7 +140,7 @@ def test_operators_keep_their_declarations(name: str) -> None:
     if name == "token_stats_backward":
         coefficients = torch.randn(3, 2, 3, device=DEVICE)
         arguments = (*arguments, logits.amax(-1), *coefficients, torch.empty_like(logits))
-    torch.library.opcheck(getattr(torch.ops.megatron_mile, name).default, arguments)
+    library.opcheck(getattr(torch.ops.megatron_mile, name).default, arguments)
 
 
 @needs_gpu

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.helpers import error, oracle, run_ranks, weighted_configs
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -193,6 +194,17 @@ def test_a_sum_that_is_rounded_to_the_product_is_not_wide(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "addmm", addmm)
     linear._try_wider_sum.cache_clear()
     assert not linear.adds_to_wider(torch.device("cpu"), torch.bfloat16)
+    linear._try_wider_sum.cache_clear()
+
+
+def test_what_has_no_values_gives_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def addmm(total: Any, a: Any, b: Any, out_dtype: torch.dtype, out: Any) -> None:
+        out += a.float() @ b.float()
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    linear._try_wider_sum.cache_clear()
+    with FakeTensorMode():
+        assert linear.adds_to_wider(torch.device("cpu"), torch.bfloat16)
     linear._try_wider_sum.cache_clear()
 
 

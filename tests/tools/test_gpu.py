@@ -10,7 +10,9 @@ import torch
 from support.bench_tables import SMALL
 
 from tools.bench import gpu, run, train_step
+from tools.bench.conditions import conditions
 from tools.bench.gpu import Part, report, run_parts
+from tools.bench.table import append
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -56,23 +58,38 @@ def test_parts_name_flags_that_their_tools_have(tmp_path: Path) -> None:
             assert (gpu.ROOT / flags[-1]).is_dir()
 
 
+def cells_of(text: str, name: str) -> list[str]:
+    """Return the cells of a loss in a report."""
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in line[1:-1].split("|")]
+
+
+def test_rows_are_of_one_gpu_like_this(tmp_path: Path) -> None:
+    table, device = tmp_path / "results.csv", conditions()["device"]
+    assert gpu._rows(table) == []
+    rows = [{"device": device, "tp": "1"}, {"device": device, "tp": "2"}]
+    append(table, ("device", "tp"), [*rows, {"device": "another", "tp": "1"}])
+    assert gpu._rows(table) == rows[:1]
+
+
 def test_report_tells_outcomes_and_the_last_run_of_each_loss(tmp_path: Path) -> None:
     table = tmp_path / "results.csv"
     flags = [*SMALL, "--dtypes", "fp32", "--output", str(table)]
     run.main([*flags, "--providers", "ours-inplace", "liger"])
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    rows = [*({**row, "p50_ms": "9" * bool(row["phase"])} for row in rows), *rows]
-    replayed = {**rows[-2], "provider": "ours-inplace", "phase": "replayed", "p50_ms": "0.125"}
+    (both,) = (x for x in rows if (x["provider"], x["phase"]) == ("ours-inplace", "both"))
+    replayed = {**both, "phase": "replayed", "p50_ms": "0.125"}
+    earlier = [{**row, "p50_ms": "9" * bool(row["phase"])} for row in [*rows, replayed]]
     steps = [{"precision": "bf16", "pairs": "40", "ratio_mean": "1.002", "ratio_bound": "1.01"}]
-    text = report({"tests": "done in 3 s"}, [*rows, replayed], steps)
+    text = report({"tests": "done in 3 s"}, [*earlier, *rows, replayed], steps)
     assert "| tests | done in 3 s |" in text
     assert "## [37, 514] fp32\n" in text
-    both = [x for x in rows if (x["provider"], x["phase"]) == ("ours-inplace", "both")][-1]
-    (line,) = (line for line in text.splitlines() if line.startswith("| ours-inplace |"))
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    cells = cells_of(text, "ours-inplace")
     speed = float(both["gb_per_s"]) / float(both["copy_gb_per_s"])
     assert cells[1:4] == [both["p50_ms"], "0.125", both["ratio_to_megatron"]]
     assert cells[4:] == [f"{speed:.2f}", both["extra_mib"]]
     assert ("| liger | not run: needs a GPU | | | | |" in text) or torch.cuda.is_available()
+    # What an earlier run alone has is not mixed with a later one.
+    assert cells_of(report({}, [*earlier, *rows], []), "ours-inplace")[2] == ""
     assert "bf16, 40 pairs: ratio 1.002, at most 1.01 with 95 % confidence." in text

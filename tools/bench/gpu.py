@@ -32,6 +32,7 @@ from tools.bench.conditions import conditions
 from tools.bench.training import end
 from tools.common.cli import ToolError, new_parser, run_tool
 from tools.common.files import write_whole
+from tools.common.outputs import output_file
 
 PROG = "tools/bench/gpu.py"
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,21 +189,23 @@ def prove(args: argparse.Namespace) -> None:
         print(f"{PROG}: not run: torch finds no GPU here (torch {torch.__version__})")
         return
     output, logs = Path(args.output), Path(args.logs)
-    logs.mkdir(parents=True, exist_ok=True)
+    for folder in (output, logs):
+        folder.mkdir(parents=True, exist_ok=True)
+    told = output_file("--output", output / "gpu.md", [])
     outcomes: dict[str, str] = {}
 
     def tell(found: dict[str, str]) -> None:
         outcomes.update(found)
         rows, steps = _rows(output / "results.csv"), _rows(output / "train_steps.csv")
-        write_whole(output / "gpu.md", report(outcomes, rows, steps))
+        write_whole(told, report(outcomes, rows, steps))
 
     run_parts(parts_of(output), logs, 60 * args.minutes, tell)
     words = [str(ROOT / "tools" / "bench" / "plot.py"), "--input", str(output / "results.csv")]
     drawn = Part("pictures", [*words, "--output", str(output / "figures")])
     tell({drawn.name: run_part(drawn, logs / "pictures.log", 120)})
-    print(f"{output / 'gpu.md'}: written")
+    print(f"{told}: written")
     if failed := [name for name, outcome in outcomes.items() if outcome.startswith("failed")]:
-        raise ToolError(f"{', '.join(failed)} failed; see {output / 'gpu.md'}")
+        raise ToolError(f"{', '.join(failed)} failed; see {told}")
 
 
 def command_line() -> argparse.ArgumentParser:
