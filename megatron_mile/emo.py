@@ -231,7 +231,7 @@ class EmoLoss(torch.autograd.Function):
         costs: TargetCosts,
     ) -> tuple[torch.Tensor, ...]:
         """Return (loss, nll, entropy, weight, valid, distance) of logits and targets."""
-        config, shard, inplace, ignore_index = settings
+        config, shard, inplace, ignore_index, _ = settings
         ctx.set_materialize_grads(False)
         statistics, _ = dispatch.select(config.backend, logits.device, logits.dtype)
         ctx.implementation, ctx.per_token = dispatch.emo_beside(statistics), beside(statistics)

@@ -18,7 +18,7 @@ import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import TokenLoss, check_dtypes, weigh_shard
-from megatron_mile.nodes import first_order
+from megatron_mile.nodes import Inputs, first_order
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.per_token import beside
 from megatron_mile.parallel import ProcessGroup, group_size
@@ -39,6 +39,7 @@ class _Settings(NamedTuple):
     chunk_tokens: int
     sequence_parallel: bool
     ignore_index: int
+    inputs: Inputs
 
 
 def linear_token_loss(
@@ -53,6 +54,7 @@ def linear_token_loss(
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
     gradient_accumulation_fusion: bool = False,
+    inputs: Inputs | None = None,
 ) -> TokenLoss:
     """Return `token_loss(hidden @ weight.T, targets, ...)` without holding all the logits.
 
@@ -77,6 +79,7 @@ def linear_token_loss(
         gradient_accumulation_fusion: Add the weight's gradient to `weight.main_grad`, where there
             is one, as Megatron's flag of that name does; `weight.grad` is then a placeholder for
             its hooks.
+        inputs: As in `token_loss`.
 
     Raises:
         ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, or the objective
@@ -90,7 +93,7 @@ def linear_token_loss(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; expected 1 or more")
     shard = VocabShard.of(weight.size(0), vocab_range, tp_group, vocab_size)
-    settings = _Settings(config, shard, chunk_tokens, sequence_parallel, ignore_index)
+    settings = _Settings(config, shard, chunk_tokens, sequence_parallel, ignore_index, inputs or {})
     main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
     return TokenLoss(*_LinearLoss.apply(hidden, weight, targets, settings, main_grad))
 
@@ -136,7 +139,9 @@ class _LinearLoss(torch.autograd.Function):
         for block, logits in _blocks(rows, weight, settings):
             part = ctx.implementation.token_stats(logits, flat_targets[block])
             stats.view(4, -1)[:, block] = part
-        fields, coefficients = weigh_shard(ctx.per_token, stats, valid, config, shard)
+        fields, coefficients = weigh_shard(
+            ctx.per_token, stats, valid, config, shard, settings.inputs
+        )
         ctx.save_for_backward(hidden, weight, local, stats[0], coefficients)
         loss, *others = fields.unbind()
         ctx.mark_non_differentiable(*others, valid)

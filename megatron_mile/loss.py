@@ -18,7 +18,7 @@ import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.emo import CostRows, EmoLoss, TargetCosts
-from megatron_mile.nodes import SPENT, NodeSettings, first_order
+from megatron_mile.nodes import SPENT, Inputs, NodeSettings, first_order
 from megatron_mile.objectives import NEED_COST
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.per_token import PerToken, beside
@@ -58,6 +58,7 @@ def token_loss(
     inplace: bool = False,
     vocab_size: int | None = None,
     cost: CostRows | TargetCosts | None = None,
+    inputs: Inputs | None = None,
 ) -> TokenLoss:
     """Return the loss of every token: w(nll, H) * nll, or EMO's.
 
@@ -84,6 +85,8 @@ def token_loss(
             exchange of rows has begun earlier. EMO keeps the products of rows where the gradient
             will lie; with `inplace` there is no such tensor, nor for rows of another dtype than the
             logits, and the backward makes them again.
+        inputs: What the objective's functions take by name in place of its settings or beside them,
+            on the logits' device and without a gradient: 0-d, or a number per token, [...].
 
     Raises:
         ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, the logits overlap
@@ -97,7 +100,7 @@ def token_loss(
             "pass inplace=False or logits.contiguous()"
         )
     shard = VocabShard.of(logits.size(-1), vocab_range, tp_group, vocab_size)
-    settings = NodeSettings(config, shard, inplace, ignore_index)
+    settings = NodeSettings(config, shard, inplace, ignore_index, inputs or {})
     if cost is None:
         return TokenLoss(*_WeightedLoss.apply(logits, targets, settings))
     if isinstance(cost, CostRows):
@@ -143,7 +146,7 @@ class _WeightedLoss(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, settings: NodeSettings
     ) -> tuple[torch.Tensor, ...]:
         """Return (loss, nll, entropy, weight, valid) of logits and targets."""
-        config, shard, inplace, ignore_index = settings
+        config, shard, inplace, ignore_index, inputs = settings
         ctx.set_materialize_grads(False)
         ctx.implementation, _ = dispatch.select(config.backend, logits.device, logits.dtype)
         ctx.per_token = beside(ctx.implementation)
@@ -153,7 +156,7 @@ class _WeightedLoss(torch.autograd.Function):
         local, valid = ctx.per_token.locate(targets, shard.start, shard.end, ignore_index)
         inside = logits[..., : shard.columns]
         stats = ctx.implementation.token_stats(inside, local, ctx.consumed)
-        fields, coefficients = weigh_shard(ctx.per_token, stats, valid, config, shard)
+        fields, coefficients = weigh_shard(ctx.per_token, stats, valid, config, shard, inputs)
         if inplace:
             # Whoever saved the logits must learn now, also if the write waits for the backward.
             torch.autograd.graph.increment_version(logits)
@@ -189,6 +192,7 @@ def weigh_shard(
     valid: torch.Tensor,
     config: ObjectiveConfig,
     shard: VocabShard,
+    inputs: Inputs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss per token and the coefficients of this shard's gradient; one all_gather.
 
@@ -198,6 +202,7 @@ def weigh_shard(
         valid: bool [...]; other tokens get 0 throughout.
         config: The objective.
         shard: What this rank has of the vocabulary.
+        inputs: As in `token_loss`.
 
     Returns:
         (loss, nll, entropy, weight), [4, ...] in the dtype of `stats`; and the stacked
@@ -206,7 +211,8 @@ def weigh_shard(
     joined = per_token.join(gather_stats(stats, shard.group))
     *_, nll, entropy = joined
     functions = (config.definition.weight, config.entropy_slope)
-    weight, slope = (f if f is None else f(nll, entropy, **config.own) for f in functions)
+    given = {**config.own, **inputs}
+    weight, slope = (f if f is None else f(nll, entropy, **given) for f in functions)
     return per_token.weigh(joined, stats[0], weight, slope, valid)
 
 

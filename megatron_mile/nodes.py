@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,9 @@ SPENT = (
 Gradients = tuple[torch.Tensor | None, ...]
 
 
+Inputs = Mapping[str, torch.Tensor]
+
+
 class NodeSettings(NamedTuple):
     """What a node of `token_loss` needs beside tensors."""
 
@@ -25,6 +28,7 @@ class NodeSettings(NamedTuple):
     shard: VocabShard
     inplace: bool
     ignore_index: int
+    inputs: Inputs
 
 
 def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:

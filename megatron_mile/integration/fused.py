@@ -19,6 +19,7 @@ from megatron_mile.integration.arguments import FUSED_FLAG as FLAG
 from megatron_mile.integration.forward import current_window, differentiated
 from megatron_mile.linear import linear_token_loss
 from megatron_mile.loss import TokenLoss
+from megatron_mile.nodes import Inputs
 from megatron_mile.parallel import ProcessGroup
 
 
@@ -42,6 +43,7 @@ class DeferredLogits:
         config: ObjectiveConfig,
         group: ProcessGroup,
         vocab_size: int | None,
+        inputs: Inputs,
     ) -> TokenLoss:
         """What `token_loss` would return, fields [s, b]."""
         return linear_token_loss(
@@ -53,6 +55,7 @@ class DeferredLogits:
             vocab_size=vocab_size,
             sequence_parallel=self.layer.sequence_parallel,
             gradient_accumulation_fusion=self.layer.gradient_accumulation_fusion,
+            inputs=inputs,
         )
 
     def __getattr__(self, name: str) -> NoReturn:

@@ -36,6 +36,8 @@ from megatron_mile.integration.models import (
 from megatron_mile.loss import TokenLoss, token_loss
 from megatron_mile.ops import dispatch
 
+InputsOf = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+
 # What takes back what `attach` did to a model; a callback gets the model, so that it holds none.
 _undo: weakref.WeakKeyDictionary[Any, list[Callable[[Any], None]]] = weakref.WeakKeyDictionary()
 
@@ -75,6 +77,7 @@ def attach(
     vocab_size: int | None = None,
     fused_linear: bool = False,
     cost: CostRows | None = None,
+    inputs: InputsOf | None = None,
 ) -> None:
     """Patch one model instance, wrapped or not, or each chunk of a list; the last call holds.
 
@@ -86,6 +89,7 @@ def attach(
         fused_linear: Compute output projection and loss in one, a block of tokens at a time
             (`linear_token_loss`), so that the logits never exist as a whole in training; not emo.
         cost: This rank's rows of EMO's fixed cost matrix; None for the output layer in each step.
+        inputs: What gives `token_loss` its `inputs` for labels [b, s]; 0-d, or [b, s].
 
     Raises:
         MileCompatError: Megatron's output layer is not as expected (with `fused_linear`).
@@ -107,7 +111,7 @@ def attach(
             ahead = RowsAhead(module, cost)
             rows = ahead.take
             undo.append(ahead.stop)
-        hook = _make_hook(_host(type(module)), config, vocab_size, rows)
+        hook = _make_hook(_host(type(module)), config, vocab_size, rows, inputs)
         module.__dict__[METHOD] = types.MethodType(hook, module)
         undo.append(lambda model: model.__dict__.pop(METHOD, None))
 
@@ -149,6 +153,7 @@ def _make_hook(
     config: ObjectiveConfig,
     vocab_size: int | None = None,
     rows: Callable[..., Any] | None = None,
+    inputs: InputsOf | None = None,
 ) -> Callable[..., Any]:
     """Build the method that replaces `host`; `rows` gives EMO's cost for (model, labels)."""
 
@@ -172,9 +177,12 @@ def _make_hook(
         if window.calls <= models.mtp_heads(self):
             return host(self, labels, logits)
         group = tp_group(self)
+        given = inputs(labels) if inputs else {}
+        turned = {name: x.t() if x.dim() else x for name, x in given.items()}
         if isinstance(logits, DeferredLogits):
             check_shard(self, labels, logits.shape(group), group)
-            stats = _turned(logits.loss(labels.transpose(0, 1), config, group, vocab_size))
+            stats = logits.loss(labels.transpose(0, 1), config, group, vocab_size, turned)
+            stats = _turned(stats)
         elif config.definition.needs_cost:
             check_shard(self, labels, tuple(logits.shape), group)
             cost = rows(self, labels) if rows else output_rows(self)
@@ -194,9 +202,9 @@ def _make_hook(
                 vocab_size=vocab_size,
             )
             if logits.device.type == "cpu":  # which is faster on rows in the order they lie in
-                stats = _turned(loss(logits, labels.transpose(0, 1)))
+                stats = _turned(loss(logits, labels.transpose(0, 1), inputs=turned))
             else:  # nothing per token needs to be turned, which would be a launch for each field
-                stats = loss(logits.transpose(0, 1), labels)
+                stats = loss(logits.transpose(0, 1), labels, inputs=given)
         return window.put(stats, config)
 
     compute_language_model_loss.__wrapped__ = host  # type: ignore[attr-defined]
