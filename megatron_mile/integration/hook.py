@@ -9,7 +9,7 @@ import functools
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -148,6 +148,40 @@ def _turned(stats: TokenLoss) -> TokenLoss:
     return TokenLoss._make(x if x is None else x.transpose(0, 1).contiguous() for x in stats)
 
 
+class _MainLoss(NamedTuple):
+    """How a step's main loss is computed: the settings of the hook."""
+
+    config: ObjectiveConfig
+    vocab_size: int | None
+    rows: Callable[..., Any] | None
+    inputs: InputsOf | None
+
+    def stats(
+        self, model: Any, labels: torch.Tensor, logits: torch.Tensor | DeferredLogits
+    ) -> TokenLoss:
+        """Return the loss per token, fields [b, s], of labels [b, s] and logits [s, b, V/tp]."""
+        group = tp_group(model)
+        shape = logits.shape(group) if isinstance(logits, DeferredLogits) else tuple(logits.shape)
+        check_shard(model, labels, shape, group)
+        given = self.inputs(labels) if self.inputs else {}
+        turned = {name: x.t() if x.dim() else x for name, x in given.items()}
+        if isinstance(logits, DeferredLogits):
+            stats = logits.loss(labels.t(), self.config, group, self.vocab_size, turned)
+            return _turned(stats)
+        loss = functools.partial(
+            token_loss, config=self.config, tp_group=group, vocab_size=self.vocab_size
+        )
+        if self.config.definition.needs_cost:
+            cost = self.rows(model, labels) if self.rows else output_rows(model)
+            # Not in place: products are kept where the gradient will lie, or would be made twice.
+            return _turned(loss(logits, labels.t(), cost=cost))
+        loss = functools.partial(loss, inplace=not logits_are_read(model))
+        if logits.device.type == "cpu":  # which is faster on rows in the order they lie in
+            return _turned(loss(logits, labels.t(), inputs=turned))
+        # Nothing per token needs to be turned, which would be a launch for each field.
+        return loss(logits.transpose(0, 1), labels, inputs=given)
+
+
 def _make_hook(
     host: Callable[..., torch.Tensor],
     config: ObjectiveConfig,
@@ -156,6 +190,7 @@ def _make_hook(
     inputs: InputsOf | None = None,
 ) -> Callable[..., Any]:
     """Build the method that replaces `host`; `rows` gives EMO's cost for (model, labels)."""
+    main_loss = _MainLoss(config, vocab_size, rows, inputs)
 
     def compute_language_model_loss(
         self: Any, labels: torch.Tensor, logits: torch.Tensor | DeferredLogits
@@ -176,36 +211,7 @@ def _make_hook(
         window.calls += 1
         if window.calls <= models.mtp_heads(self):
             return host(self, labels, logits)
-        group = tp_group(self)
-        given = inputs(labels) if inputs else {}
-        turned = {name: x.t() if x.dim() else x for name, x in given.items()}
-        if isinstance(logits, DeferredLogits):
-            check_shard(self, labels, logits.shape(group), group)
-            stats = logits.loss(labels.transpose(0, 1), config, group, vocab_size, turned)
-            stats = _turned(stats)
-        elif config.definition.needs_cost:
-            check_shard(self, labels, tuple(logits.shape), group)
-            cost = rows(self, labels) if rows else output_rows(self)
-            # Not in place: products are kept where the gradient will lie, or would be made twice.
-            stats = _turned(
-                token_loss(
-                    logits, labels.transpose(0, 1), config, group, vocab_size=vocab_size, cost=cost
-                )
-            )
-        else:
-            check_shard(self, labels, tuple(logits.shape), group)
-            loss = functools.partial(
-                token_loss,
-                config=config,
-                tp_group=group,
-                inplace=not logits_are_read(self),
-                vocab_size=vocab_size,
-            )
-            if logits.device.type == "cpu":  # which is faster on rows in the order they lie in
-                stats = _turned(loss(logits, labels.transpose(0, 1), inputs=turned))
-            else:  # nothing per token needs to be turned, which would be a launch for each field
-                stats = loss(logits.transpose(0, 1), labels, inputs=given)
-        return window.put(stats, config)
+        return window.put(main_loss.stats(self, labels, logits), config)
 
     compute_language_model_loss.__wrapped__ = host  # type: ignore[attr-defined]
     compute_language_model_loss.__megatron_mile__ = config  # type: ignore[attr-defined]
