@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.setup-
 INSTALL := @tools/setup/install.sh $(VENV)
 
-.PHONY: help setup quickstart test test-compat lint bench bench-steps gpu
+.PHONY: help setup quickstart test test-compat test-torch lint bench bench-steps gpu
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart [ARGS=...]     train, evaluate and compare small models (ARGS=--help)"
 	@echo "make test                      run the tests"
 	@echo "make test-compat [ARGS=...]    test every supported megatron-core (ARGS=0.16.1 for one)"
+	@echo "make test-torch [ARGS=...]     test the library on older versions of torch, 7 GB each (ARGS=2.8.0)"
 	@echo "make lint                      check style and types"
 	@echo "make bench [ARGS=...]          time the loss beside Megatron's and others (ARGS=--help)"
 	@echo "make bench-steps [ARGS=...]    time training steps with and without the hook (ARGS=--help)"
@@ -41,6 +42,9 @@ test: $(READY)test
 
 test-compat: $(READY)test
 	@$(BIN)/python tests/support/run_every_version.py $(ARGS)
+
+test-torch: $(READY)test
+	@$(BIN)/python tests/support/run_every_torch.py $(ARGS)
 
 lint: $(READY)lint
 	$(BIN)/ruff check .

@@ -126,6 +126,7 @@ def test_setup_says_each_stage_in_a_line(clone: Path, lines: list[str]) -> None:
         ("lint", ["lint"]),
         ("test", ["test"]),
         ("test-compat", ["test"]),
+        ("test-torch", ["test"]),
         ("setup", ["test", "lint"]),
     ],
 )

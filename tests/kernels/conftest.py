@@ -5,6 +5,7 @@ imported here, before any test module, and the variable is set for them and for 
 folder alone: no other test, and no process that one starts, sees it.
 """
 
+import importlib.metadata
 import importlib.util
 import sys
 
@@ -14,7 +15,9 @@ import torch
 KERNELS = [f"megatron_mile.ops.{name}.kernel" for name in ("token_stats", "emo", "per_token")]
 INTERPRETED = not torch.cuda.is_available()
 
-if importlib.util.find_spec("triton") is None:
+if importlib.util.find_spec("triton") is None or (
+    INTERPRETED and importlib.metadata.version("triton").startswith("3.0.")  # writes no results
+):
     collect_ignore_glob = ["test_*.py"]
 elif INTERPRETED:
     if "triton" in sys.modules and not set(KERNELS) <= set(sys.modules):
