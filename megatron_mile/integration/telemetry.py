@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_mile.config import ObjectiveConfig
+from megatron_mile.config import ADDED, ObjectiveConfig
 from megatron_mile.integration.models import data_group
 from megatron_mile.parallel.tokens import sum_over_ranks
 
@@ -64,14 +64,15 @@ def _in_form_of(host: Any, pair: torch.Tensor) -> Any:
 def describe(config: ObjectiveConfig) -> str:
     """One line that says what is optimised."""
     objective = config.definition
-    if objective.is_cross_entropy:
+    added = [setting.describe(getattr(config, name)) for name, setting in ADDED.items()]
+    if objective.is_cross_entropy and not any(added):
         return f"{objective.name} (plain cross-entropy through megatron_mile)"
     parts = [setting.describe(config.own[setting.name]) for setting in objective.settings]
     if objective.weight is not None:
         through = config.entropy_slope is not None
         parts += [f"alpha {config.normalize}"]
         parts += ["gradient through the entropy" if through else "weights detached"]
-    return f"{objective.name} ({', '.join(filter(None, parts))})"
+    return f"{objective.name} ({', '.join(filter(None, [*parts, *added]))})"
 
 
 def alpha_scope(args: Mapping[str, Any], normalize: str) -> str:
