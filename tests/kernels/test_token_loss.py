@@ -1,5 +1,7 @@
 """token_loss on the Triton kernels: against the oracle, in place, compiled, captured."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.helpers import assert_close, error, hard_rows, oracle, weighted_configs
@@ -136,10 +138,10 @@ def test_token_loss_compiles_as_one_graph(name: str, inplace: bool) -> None:
 def test_operators_keep_their_declarations(name: str) -> None:
     # Schemas, fake results and functionalisation, checked by torch's own test.
     logits, targets = torch.randn(2, 3, 40, device=DEVICE), torch.randint(40, (2, 3), device=DEVICE)
-    arguments: tuple[torch.Tensor, ...] = (logits, targets)
+    arguments: tuple[Any, ...] = (logits, targets, True, True)
     if name == "token_stats_backward":
-        coefficients = torch.randn(3, 2, 3, device=DEVICE)
-        arguments = (*arguments, logits.amax(-1), *coefficients, torch.empty_like(logits))
+        coefficients = torch.randn(4, 2, 3, device=DEVICE)
+        arguments = (logits, targets, logits.amax(-1), *coefficients, torch.empty_like(logits))
     library.opcheck(getattr(torch.ops.megatron_mile, name).default, arguments)
 
 
