@@ -25,12 +25,12 @@ from megatron_mile.errors import MileError
 from megatron_mile.integration.host import METHOD
 from megatron_mile.integration.models import data_group, installed_config, unwrap
 from megatron_mile.integration.refusals import refuse_unequal_microbatches
-from megatron_mile.integration.telemetry import report_with_objective
+from megatron_mile.integration.telemetry import OWN_FIGURES, Z_FIGURES, report_with_objective
 from megatron_mile.loss import TokenLoss
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.per_token import beside
 from megatron_mile.parallel import ProcessGroup
-from megatron_mile.parallel.tokens import start_normaliser
+from megatron_mile.parallel.tokens import masked, start_normaliser
 
 LossFunc = Callable[..., tuple[Any, ...]]
 
@@ -293,7 +293,7 @@ class _Reduction:
         largest_share = None if count else share.max().clamp(min=torch.finfo(share.dtype).tiny)
         mask = share if largest_share is None else share / largest_share
         sums = _sums(self.config, stats, mask)
-        mask_sum, weights, losses, entropies, *distances, broken, negative = sums
+        mask_sum, weights, losses, entropies, *others, broken, negative = sums
         group = _alpha_group(model, self.config.alpha_mode)
         waiting = start_normaliser(sums[:2], self.config.alpha_mode, group)
         if not self.checked:
@@ -306,10 +306,14 @@ class _Reduction:
         trained = alpha * losses
         value = trained if largest_share is None else trained * largest_share
         total = _Objective.apply(output_tensor, share, alpha, value)
+        names = OWN_FIGURES
+        if stats.z_loss is not None:
+            total = total + masked(stats.z_loss, share).sum().to(total.dtype)
+            trained, names = trained + others[0], Z_FIGURES
         if has_other_leaves:
             total = total + (loss - (share * probe.detach()).sum())
-        figures = [trained, entropies, weights, *distances]
-        return (total, *count, report_with_objective(report, mask_sum, figures, model))
+        figures = [trained, entropies, weights, *others]
+        return (total, *count, report_with_objective(report, mask_sum, figures, model, names))
 
 
 def differentiated(*tensors: Any) -> bool:
@@ -392,12 +396,12 @@ def _sums(config: ObjectiveConfig, stats: TokenLoss, mask: torch.Tensor) -> torc
     """What alpha and report need, in one pass over the tokens, fp64.
 
     Returns:
-        Sums of the mask, and of weight, loss, entropy and, if there is one, distance times the
-        mask; how many tokens that count have no target; how many count negatively.
+        Sums of the mask, and of weight, loss, entropy and, if there is one, distance or z-loss
+        times the mask; how many tokens that count have no target; how many count negatively.
     """
     statistics, _ = dispatch.select(config.backend, mask.device, mask.dtype)
     figures = [stats.weight, stats.loss.detach(), stats.entropy]
-    figures += [] if stats.emo is None else [stats.emo]
+    figures += [x.detach() for x in (stats.emo, stats.z_loss) if x is not None]
     return beside(statistics).sum_up(mask, stats.valid, stats.nll, stats.entropy, figures)
 
 
