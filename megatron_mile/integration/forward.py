@@ -30,7 +30,7 @@ from megatron_mile.loss import TokenLoss
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.per_token import beside
 from megatron_mile.parallel import ProcessGroup
-from megatron_mile.parallel.tokens import masked, start_normaliser
+from megatron_mile.parallel.tokens import start_normaliser
 
 LossFunc = Callable[..., tuple[Any, ...]]
 
@@ -59,7 +59,10 @@ class _NllOfLoss(torch.autograd.Function):
 
 
 class _Objective(torch.autograd.Function):
-    """The host's sum, 0-d, with the objective's value and alpha times its gradient."""
+    """The host's sum, 0-d, with the objective's value and alpha times its gradient.
+
+    The z-loss, if there is one, gets a gradient without alpha.
+    """
 
     @staticmethod
     def forward(
@@ -68,6 +71,7 @@ class _Objective(torch.autograd.Function):
         share: torch.Tensor,
         alpha: torch.Tensor,
         value: torch.Tensor,
+        z_loss: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the value in the output's dtype, a tensor of its own: the host scales it."""
         ctx.save_for_backward(share, alpha)
@@ -77,7 +81,8 @@ class _Objective(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the share of each token in the loss, times alpha."""
         share, alpha = ctx.saved_tensors
-        return grad * share * alpha, None, None, None
+        each = grad * share
+        return each * alpha, None, None, None, each if ctx.needs_input_grad[4] else None
 
 
 class Normalised:
@@ -303,13 +308,11 @@ class _Reduction:
         # Only now, because the ranks meet here. A later step in which something is broken ends in
         # NaN, because a look at it would wait for the device.
         alpha = waiting().masked_fill_(sums[-2:].any(), torch.nan)
-        trained = alpha * losses
-        value = trained if largest_share is None else trained * largest_share
-        total = _Objective.apply(output_tensor, share, alpha, value)
-        names = OWN_FIGURES
+        trained, names = alpha * losses, OWN_FIGURES
         if stats.z_loss is not None:
-            total = total + masked(stats.z_loss, share).sum().to(total.dtype)
             trained, names = trained + others[0], Z_FIGURES
+        value = trained if largest_share is None else trained * largest_share
+        total = _Objective.apply(output_tensor, share, alpha, value, stats.z_loss)
         if has_other_leaves:
             total = total + (loss - (share * probe.detach()).sum())
         figures = [trained, entropies, weights, *others]
