@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 
 from megatron_mile.objectives import OBJECTIVES, Objective, Setting
+from megatron_mile.ops.blocks import Extras
+from megatron_mile.ops.token_stats import Wanted
 
 T = TypeVar("T")
 
@@ -28,7 +30,8 @@ def defining_settings(objective: str) -> list[str]:
     definition = OBJECTIVES[objective]
     names = [setting.name for setting in definition.settings]
     names += [] if definition.weight is None else ["normalize"]
-    return names + ([] if definition.weight_slope is None else ["entropy_grad"])
+    names += [] if definition.weight_slope is None else ["entropy_grad"]
+    return names + ([] if definition.needs_cost else [*ADDED])
 
 
 def _equation(objective: Objective) -> str:
@@ -68,9 +71,30 @@ _COMMON = (
         choices=("auto", "torch", "triton"),
     ),
 )
+_ADDED = (
+    Setting(
+        "label_smoothing",
+        0.0,
+        "part eps of the target's probability that is spread evenly over the vocabulary, no unit, "
+        ">= 0 and < 1: (1 - eps) nll + (eps / V) sum_k (ln sum_j e^z_j - z_k) takes the place of "
+        "nll, as in torch's cross_entropy; weight, alpha and entropy stay as they are; 0 is none",
+        high=1.0,
+        below=True,
+        shown=lambda eps: f"label smoothing {eps:g}" if eps else "",
+    ),
+    Setting(
+        "z_loss",
+        0.0,
+        "factor c of the term c (ln sum_k e^z_k)^2 that is added to the loss of each token, beside "
+        "weight and alpha; no unit, >= 0, such as 1e-4; 0 is none",
+        shown=lambda c: f"z-loss {c:g}" if c else "",
+    ),
+)
+ADDED = {setting.name: setting for setting in _ADDED}
+"""Settings of what is added to the loss of every objective without cost rows."""
 # The default objective's own come before the common ones, those of the others behind them.
 _OWN = [setting for objective in OBJECTIVES.values() for setting in objective.settings]
-_SETTINGS = [*dict.fromkeys([_FIRST, *OBJECTIVES[_DEFAULT].settings, *_COMMON, *_OWN])]
+_SETTINGS = [*dict.fromkeys([_FIRST, *OBJECTIVES[_DEFAULT].settings, *_COMMON, *_OWN, *_ADDED])]
 
 
 def _field(setting: Setting) -> tuple[str, type, Any]:
@@ -108,8 +132,8 @@ class ObjectiveConfig:
     """What is optimised: loss_t = alpha * w(nll_t, H_t) * nll_t or EMO, and with which backend.
 
     Raises:
-        ValueError: A number is out of its range, a name is unknown, or entropy_grad is asked for
-            where the weight's slope has no bound.
+        ValueError: A number is out of its range, a name is unknown, entropy_grad is asked for where
+            the weight's slope has no bound, or label smoothing or z-loss where there is neither.
     """
 
     objective: str
@@ -128,10 +152,21 @@ class ObjectiveConfig:
         for setting in _SETTINGS:
             value = _checked(setting, getattr(self, setting.name))
             object.__setattr__(self, setting.name, value)
+        self._refuse_added()
         if self.definition.check is not None:
             self.definition.check(**self.own)
         if self.entropy_slope is not None and self.definition.check_slope is not None:
             self.definition.check_slope(**self.own)
+
+    def _refuse_added(self) -> None:
+        """Raise ValueError where something is added to an objective that takes nothing."""
+        given = [f"{name}={getattr(self, name):g}" for name in ADDED if getattr(self, name)]
+        if given and self.definition.needs_cost:
+            others = ", ".join(name for name, kind in OBJECTIVES.items() if not kind.needs_cost)
+            raise ValueError(
+                f"{' and '.join(given)} with objective {self.objective}, which has neither label "
+                f"smoothing nor z-loss; leave it out, or use {others}"
+            )
 
     @property
     def definition(self) -> Objective:
@@ -147,6 +182,16 @@ class ObjectiveConfig:
     def alpha_mode(self) -> str:
         """How alpha is formed: `normalize`, or none where it is 1 anyway."""
         return "none" if self.definition.weight is None else self.normalize
+
+    @property
+    def wanted(self) -> Wanted:
+        """The token statistics beyond the four that the loss is made of."""
+        return Wanted(bool(self.label_smoothing), self.definition.needs_squares)
+
+    @property
+    def extras(self) -> Extras:
+        """What is added to w * nll."""
+        return Extras(self.label_smoothing, self.z_loss)
 
     @property
     def entropy_slope(self) -> Callable[..., torch.Tensor] | None:
@@ -184,8 +229,9 @@ def _number(setting: Setting, value: Any) -> float:
     """Return `value` as a plain float, so that stored settings compare and print alike."""
     # bool is a subclass of int, and gamma=True is a mistake rather than 1.
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not setting.low <= value <= setting.high:
-        end = "" if setting.high == math.inf else f" and <= {setting.high:g}"
+    if not is_number or not math.isfinite(value) or not setting.holds(value):
+        sign = "<" if setting.below else "<="
+        end = "" if setting.high == math.inf else f" and {sign} {setting.high:g}"
         raise ValueError(
             f"{setting.name} is {value!r}; expected a finite number >= {setting.low:g}{end}, "
             f"such as {setting.default}"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.loss import TokenLoss, check_dtypes, weigh_shard
+from megatron_mile.loss import TokenLoss, as_token_loss, check_dtypes, scale, weigh_shard
 from megatron_mile.nodes import Inputs, first_order
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.per_token import beside
@@ -95,7 +95,7 @@ def linear_token_loss(
     shard = VocabShard.of(weight.size(0), vocab_range, tp_group, vocab_size)
     settings = _Settings(config, shard, chunk_tokens, sequence_parallel, ignore_index, inputs or {})
     main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
-    return TokenLoss(*_LinearLoss.apply(hidden, weight, targets, settings, main_grad))
+    return as_token_loss(_LinearLoss.apply(hidden, weight, targets, settings, main_grad))
 
 
 def block_bytes(device: torch.device) -> int:
@@ -126,7 +126,7 @@ class _LinearLoss(torch.autograd.Function):
         settings: _Settings,
         main_grad: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        """Return (loss, nll, entropy, weight, valid), each of the targets' shape."""
+        """Return (loss, nll, entropy, weight, valid), and the z-loss if there is one, [...]."""
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.main_grad = settings, main_grad
         config, shard = settings.config, settings.shard
@@ -135,28 +135,30 @@ class _LinearLoss(torch.autograd.Function):
         local, valid = ctx.per_token.locate(targets, shard.start, shard.end, settings.ignore_index)
         rows, flat_targets = _rows(hidden, settings), local.flatten()
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        stats = hidden.new_empty(4, *targets.shape, dtype=dtype)
+        wanted = config.wanted
+        stats = hidden.new_empty(wanted.number, *targets.shape, dtype=dtype)
         for block, logits in _blocks(rows, weight, settings):
-            part = ctx.implementation.token_stats(logits, flat_targets[block])
-            stats.view(4, -1)[:, block] = part
+            part = ctx.implementation.token_stats(logits, flat_targets[block], wanted=wanted)
+            stats.view(wanted.number, -1)[:, block] = part
         fields, coefficients = weigh_shard(
             ctx.per_token, stats, valid, config, shard, settings.inputs
         )
         ctx.save_for_backward(hidden, weight, local, stats[0], coefficients)
-        loss, *others = fields.unbind()
-        ctx.mark_non_differentiable(*others, valid)
-        return loss, *others, valid
+        loss, nll, entropy, weights, *z_loss = fields.unbind()
+        ctx.mark_non_differentiable(nll, entropy, weights, valid)
+        return loss, nll, entropy, weights, valid, *z_loss
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of hidden and weight in their dtypes."""
-        if grad is None:
+        if all(grad is None for grad in grads):
             return None, None, None, None, None
         hidden, weight, targets, m, coefficients = ctx.saved_tensors
         settings: _Settings = ctx.settings
         rows = _rows(hidden, settings)
-        scaled = ctx.per_token.scale(coefficients, grad, m.dtype).map(torch.flatten)
+        scaled = scale(ctx.per_token, coefficients, m, settings.config, grads)
+        scaled = scaled.map(torch.flatten)
         flat_targets, maxima = targets.flatten(), m.flatten()
         d_rows = rows.new_empty(rows.shape)
         d_weight = _accumulator(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None

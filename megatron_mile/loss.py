@@ -1,7 +1,7 @@
 """The objective as a loss of logits: statistics, weight and gradient joined in one autograd node.
 
 The forward reads the logits once and exchanges four numbers per token over the tensor-parallel
-group; the backward reads them once, writes the gradient once, and exchanges nothing. What is saved
+group, with label smoothing six, and for a weight of sum_k p_k^2 another one; the backward reads them once, writes the gradient once, and exchanges nothing. What is saved
 for it is the logits themselves and a few numbers per token. EMO has a node of its own, in `emo`.
 
     logits [..., V/tp]  --ops.token_stats--> (m, S, T, z_y) of this shard
@@ -21,6 +21,7 @@ from megatron_mile.emo import CostRows, EmoLoss, TargetCosts
 from megatron_mile.nodes import SPENT, Inputs, NodeSettings, first_order
 from megatron_mile.objectives import NEED_COST
 from megatron_mile.ops import dispatch
+from megatron_mile.ops.blocks import Coefficients
 from megatron_mile.ops.per_token import PerToken, beside
 from megatron_mile.parallel import ProcessGroup
 from megatron_mile.parallel.tokens import masked, normaliser
@@ -31,11 +32,12 @@ class TokenLoss(NamedTuple):
     """The loss per token; every field has the shape of the targets.
 
     Numbers are fp64 for fp64 logits and fp32 for the others, and 0 at ignored tokens. Only `loss`
-    carries a gradient.
+    and `z_loss` carry a gradient.
     """
 
     loss: torch.Tensor
-    """w * nll, not normalised; for emo the sum that its mode makes of nll and distance."""
+    """w * nll, not normalised, of the smoothed nll with label smoothing; for emo the sum that its
+    mode makes of nll and distance."""
     nll: torch.Tensor
     """Plain cross-entropy -ln p_y, nats."""
     entropy: torch.Tensor
@@ -46,6 +48,9 @@ class TokenLoss(NamedTuple):
     """bool: the target is not ignore_index."""
     emo: torch.Tensor | None = None
     """The distance D, no unit, in [0, 2], of an objective that has one (emo); else None."""
+    z_loss: torch.Tensor | None = None
+    """c (ln sum_k e^z_k)^2 with the setting `z_loss` as c, which is added to the normalised loss;
+    None where that is 0."""
 
 
 def token_loss(
@@ -60,14 +65,16 @@ def token_loss(
     cost: CostRows | TargetCosts | None = None,
     inputs: Inputs | None = None,
 ) -> TokenLoss:
-    """Return the loss of every token: w(nll, H) * nll, or EMO's.
+    """Return the loss of every token: w(nll, H) * nll, or EMO's; and its z-loss.
 
     A target that is neither `ignore_index` nor held by a shard gives a loss and gradient of NaN,
     so that the host's NaN check stops the job. A token whose incoming gradient is exactly 0, or
     finite where it is ignored, gets a gradient of exactly 0 whatever its logits and target hold.
 
     Args:
-        logits: [..., V/tp] in fp64, fp32, bf16 or fp16, with any strides. -inf masks an entry.
+        logits: [..., V/tp] in fp64, fp32, bf16 or fp16, with any strides. -inf masks an entry;
+            with label smoothing it makes the loss infinite, as in torch, and the gradient stays
+            finite.
         targets: Integers, [...]: ids in the whole vocabulary.
         config: The objective.
         tp_group: Tensor-parallel group that shares the vocabulary; None for this rank alone.
@@ -102,7 +109,7 @@ def token_loss(
     shard = VocabShard.of(logits.size(-1), vocab_range, tp_group, vocab_size)
     settings = NodeSettings(config, shard, inplace, ignore_index, inputs or {})
     if cost is None:
-        return TokenLoss(*_WeightedLoss.apply(logits, targets, settings))
+        return as_token_loss(_WeightedLoss.apply(logits, targets, settings))
     if isinstance(cost, CostRows):
         cost = cost.fetch(targets, tp_group, vocab_range)
     return TokenLoss(*EmoLoss.apply(logits, targets, settings, cost))
@@ -112,6 +119,8 @@ def reduce_loss(
     out: TokenLoss, mask: torch.Tensor, config: ObjectiveConfig, group: ProcessGroup | None = None
 ) -> torch.Tensor:
     """Return this rank's scalar loss alpha * sum(mask * out.loss) / sum(mask), both sums local.
+
+    The z-loss is added to it: sum(mask * out.z_loss) / sum(mask), without alpha.
 
     Args:
         out: What `token_loss` returned.
@@ -134,8 +143,11 @@ def reduce_loss(
         )
     alpha = normaliser(out.weight, mask * out.valid, config.alpha_mode, group)
     count = mask.double().sum()
-    mean = masked(out.loss, mask).sum() / torch.where(count == 0, 1, count)
-    return (alpha * mean).to(out.loss.dtype)
+    count = torch.where(count == 0, 1, count)
+    total = alpha * (masked(out.loss, mask).sum() / count)
+    if out.z_loss is not None:
+        total = total + masked(out.z_loss, mask).sum() / count
+    return total.to(out.loss.dtype)
 
 
 class _WeightedLoss(torch.autograd.Function):
@@ -145,7 +157,7 @@ class _WeightedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, settings: NodeSettings
     ) -> tuple[torch.Tensor, ...]:
-        """Return (loss, nll, entropy, weight, valid) of logits and targets."""
+        """Return (loss, nll, entropy, weight, valid), and the z-loss if there is one."""
         config, shard, inplace, ignore_index, inputs = settings
         ctx.set_materialize_grads(False)
         ctx.implementation, _ = dispatch.select(config.backend, logits.device, logits.dtype)
@@ -155,26 +167,26 @@ class _WeightedLoss(torch.autograd.Function):
         ctx.consumed = inplace and ctx.needs_input_grad[0] and config.entropy_slope is None
         local, valid = ctx.per_token.locate(targets, shard.start, shard.end, ignore_index)
         inside = logits[..., : shard.columns]
-        stats = ctx.implementation.token_stats(inside, local, ctx.consumed)
+        stats = ctx.implementation.token_stats(inside, local, ctx.consumed, config.wanted)
         fields, coefficients = weigh_shard(ctx.per_token, stats, valid, config, shard, inputs)
         if inplace:
             # Whoever saved the logits must learn now, also if the write waits for the backward.
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(logits, local, stats[0], coefficients)
-        loss, *others = fields.unbind()
-        ctx.mark_non_differentiable(*others, valid)
-        return loss, *others, valid
+        loss, nll, entropy, weight, *z_loss = fields.unbind()
+        ctx.mark_non_differentiable(nll, entropy, weight, valid)
+        return loss, nll, entropy, weight, valid, *z_loss
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient in the logits' dtype, over the logits' storage if in place."""
         if ctx.spent:
             raise RuntimeError(SPENT)
-        if grad is None:
+        if all(grad is None for grad in grads):
             return None, None, None
         logits, local, m, coefficients = ctx.saved_tensors
-        scaled = ctx.per_token.scale(coefficients, grad, m.dtype)
+        scaled = scale(ctx.per_token, coefficients, m, ctx.settings.config, grads)
         ctx.spent = inplace = ctx.settings.inplace
         out = logits.detach() if inplace else torch.empty_like(logits)
         columns = ctx.settings.shard.columns
@@ -184,6 +196,36 @@ class _WeightedLoss(torch.autograd.Function):
         )
         out[..., columns:].zero_()
         return out, None, None
+
+
+def as_token_loss(results: tuple[torch.Tensor, ...]) -> TokenLoss:
+    """Return what a node of weighted losses gave: five fields, and the z-loss if there is one."""
+    loss, nll, entropy, weight, valid, *z_loss = results
+    return TokenLoss(loss, nll, entropy, weight, valid, None, *z_loss)
+
+
+def scale(
+    per_token: PerToken,
+    coefficients: torch.Tensor,
+    m: torch.Tensor,
+    config: ObjectiveConfig,
+    grads: tuple[torch.Tensor | None, ...],
+) -> Coefficients:
+    """Return the coefficients times the incoming gradients.
+
+    Args:
+        per_token: What computes them.
+        coefficients: As `weigh_shard` returned them.
+        m: Maximum of this shard, [...].
+        config: The objective.
+        grads: Gradients of what the node returned, [...] or None; not all None.
+    """
+    grad, z_grad = grads[0], grads[-1] if config.z_loss else None
+    if grad is None:
+        grad = torch.zeros_like(m)
+    if z_grad is None and config.z_loss:
+        z_grad = torch.zeros_like(m)
+    return per_token.scale(coefficients, grad, m.dtype, bool(config.label_smoothing), z_grad)
 
 
 def weigh_shard(
@@ -198,22 +240,24 @@ def weigh_shard(
 
     Args:
         per_token: What computes them.
-        stats: (m, S, T, z_y) of this shard, [4, ...].
+        stats: (m, S, T, z_y) of this shard and what the objective wants beyond them, [4 to 7, ...].
         valid: bool [...]; other tokens get 0 throughout.
         config: The objective.
         shard: What this rank has of the vocabulary.
         inputs: As in `token_loss`.
 
     Returns:
-        (loss, nll, entropy, weight), [4, ...] in the dtype of `stats`; and the stacked
-        coefficients, fp64 [2 or 3, ...].
+        (loss, nll, entropy, weight) and the z-loss if there is one, [4 or 5, ...] in the dtype of
+        `stats`; and the stacked coefficients, fp64 [2 to 6, ...].
     """
-    joined = per_token.join(gather_stats(stats, shard.group))
-    *_, nll, entropy = joined
+    joined = per_token.join(gather_stats(stats, shard.group), config.wanted)
+    nll, entropy = joined[4:6]
     functions = (config.definition.weight, config.entropy_slope)
     given = {**config.own, **inputs}
+    if config.definition.needs_squares:
+        given["squares"] = joined[-1]
     weight, slope = (f if f is None else f(nll, entropy, **given) for f in functions)
-    return per_token.weigh(joined, stats[0], weight, slope, valid)
+    return per_token.weigh(joined, stats[0], weight, slope, valid, config.extras)
 
 
 def check_dtypes(name: str, values: torch.Tensor, targets: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_mile.config import defining_settings
+from megatron_mile.config import ADDED, defining_settings
 from megatron_mile.errors import MileError
 from megatron_mile.integration.arguments import (
     NO_OBJECTIVE,
@@ -59,7 +59,9 @@ def _note_other_alpha(stored: dict[str, Any], current: dict[str, Any]) -> None:
 def _resumed_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Read what must not change on resume."""
     settings = objective_settings(stored)
-    is_ours = settings["objective"] != NO_OBJECTIVE  # the host itself always counts the padding
+    is_ours = settings["objective"] != NO_OBJECTIVE
+    if not is_ours:  # the host itself counts the padding, and adds nothing
+        settings |= {name: setting.default for name, setting in ADDED.items()}
     mask = is_ours and stored.get("mile_mask_padded_vocab", False)
     cost = stored.get("mile_emo_cost_digest") or OUTPUT_LAYER
     return {**settings, "mask_padded_vocab": mask, "emo_cost": cost}
@@ -71,7 +73,7 @@ def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> l
     objective = before["objective"]
     plain = {NO_OBJECTIVE, *(name for name, kind in OBJECTIVES.items() if kind.is_cross_entropy)}
     if {objective, now["objective"]} <= plain:
-        names = []
+        names = [*ADDED]
     elif objective != now["objective"]:
         return [f"objective {objective} -> {now['objective']}"]
     else:

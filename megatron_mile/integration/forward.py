@@ -25,7 +25,7 @@ from megatron_mile.errors import MileError
 from megatron_mile.integration.host import METHOD
 from megatron_mile.integration.models import data_group, installed_config, unwrap
 from megatron_mile.integration.refusals import refuse_unequal_microbatches
-from megatron_mile.integration.telemetry import report_with_objective
+from megatron_mile.integration.telemetry import OWN_FIGURES, Z_FIGURES, report_with_objective
 from megatron_mile.loss import TokenLoss
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.per_token import beside
@@ -59,7 +59,10 @@ class _NllOfLoss(torch.autograd.Function):
 
 
 class _Objective(torch.autograd.Function):
-    """The host's sum, 0-d, with the objective's value and alpha times its gradient."""
+    """The host's sum, 0-d, with the objective's value and alpha times its gradient.
+
+    The z-loss, if there is one, gets a gradient without alpha.
+    """
 
     @staticmethod
     def forward(
@@ -68,6 +71,7 @@ class _Objective(torch.autograd.Function):
         share: torch.Tensor,
         alpha: torch.Tensor,
         value: torch.Tensor,
+        z_loss: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the value in the output's dtype, a tensor of its own: the host scales it."""
         ctx.save_for_backward(share, alpha)
@@ -77,7 +81,8 @@ class _Objective(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the share of each token in the loss, times alpha."""
         share, alpha = ctx.saved_tensors
-        return grad * share * alpha, None, None, None
+        each = grad * share
+        return each * alpha, None, None, None, each if ctx.needs_input_grad[4] else None
 
 
 class Normalised:
@@ -293,7 +298,7 @@ class _Reduction:
         largest_share = None if count else share.max().clamp(min=torch.finfo(share.dtype).tiny)
         mask = share if largest_share is None else share / largest_share
         sums = _sums(self.config, stats, mask)
-        mask_sum, weights, losses, entropies, *distances, broken, negative = sums
+        mask_sum, weights, losses, entropies, *others, broken, negative = sums
         group = _alpha_group(model, self.config.alpha_mode)
         waiting = start_normaliser(sums[:2], self.config.alpha_mode, group)
         if not self.checked:
@@ -303,13 +308,15 @@ class _Reduction:
         # Only now, because the ranks meet here. A later step in which something is broken ends in
         # NaN, because a look at it would wait for the device.
         alpha = waiting().masked_fill_(sums[-2:].any(), torch.nan)
-        trained = alpha * losses
+        trained, names = alpha * losses, OWN_FIGURES
+        if stats.z_loss is not None:
+            trained, names = trained + others[0], Z_FIGURES
         value = trained if largest_share is None else trained * largest_share
-        total = _Objective.apply(output_tensor, share, alpha, value)
+        total = _Objective.apply(output_tensor, share, alpha, value, stats.z_loss)
         if has_other_leaves:
             total = total + (loss - (share * probe.detach()).sum())
-        figures = [trained, entropies, weights, *distances]
-        return (total, *count, report_with_objective(report, mask_sum, figures, model))
+        figures = [trained, entropies, weights, *others]
+        return (total, *count, report_with_objective(report, mask_sum, figures, model, names))
 
 
 def differentiated(*tensors: Any) -> bool:
@@ -392,12 +399,12 @@ def _sums(config: ObjectiveConfig, stats: TokenLoss, mask: torch.Tensor) -> torc
     """What alpha and report need, in one pass over the tokens, fp64.
 
     Returns:
-        Sums of the mask, and of weight, loss, entropy and, if there is one, distance times the
-        mask; how many tokens that count have no target; how many count negatively.
+        Sums of the mask, and of weight, loss, entropy and, if there is one, distance or z-loss
+        times the mask; how many tokens that count have no target; how many count negatively.
     """
     statistics, _ = dispatch.select(config.backend, mask.device, mask.dtype)
     figures = [stats.weight, stats.loss.detach(), stats.entropy]
-    figures += [] if stats.emo is None else [stats.emo]
+    figures += [x.detach() for x in (stats.emo, stats.z_loss) if x is not None]
     return beside(statistics).sum_up(mask, stats.valid, stats.nll, stats.entropy, figures)
 
 

@@ -30,6 +30,7 @@ from megatron_mile.integration.refusals import (
     refuse_models,
     refuse_replaced_loss,
     refuse_settings,
+    refuse_smoothed_padding,
 )
 from megatron_mile.integration.telemetry import alpha_scope, describe, start_block
 from megatron_mile.linear import block_bytes, block_tokens
@@ -142,10 +143,13 @@ def _attach(
     """Set up what concerns the built models rather than their class."""
     from megatron.training import get_tokenizer
 
-    needs_size = args.mile_mask_padded_vocab or matrix is not None
+    smoothed = bool(config.label_smoothing)
+    needs_size = args.mile_mask_padded_vocab or matrix is not None or smoothed
     words: Any = get_tokenizer().vocab_size if needs_size else None
     vocab_size = words if args.mile_mask_padded_vocab else None
     for chunk in chunks:
+        if smoothed and not vocab_size:
+            refuse_smoothed_padding(config, unwrap(chunk).vocab_size, words)
         cost = None
         if matrix is not None:
             check_matrix(matrix, words, unwrap(chunk).vocab_size)

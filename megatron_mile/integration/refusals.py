@@ -9,7 +9,7 @@ from typing import Any
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.errors import MileError
 from megatron_mile.integration import versions
-from megatron_mile.integration.arguments import Namespace
+from megatron_mile.integration.arguments import MASK_FLAG, Namespace
 from megatron_mile.integration.checkpoint_folder import TRACKER
 from megatron_mile.integration.host import METHOD
 from megatron_mile.integration.models import installed_config, tp_group, unwrap
@@ -97,6 +97,21 @@ def refuse_unequal_microbatches(settings: Any, normalize: str) -> None:
         raise MileError(
             f"--mile-normalize {normalize} cannot be combined with {reason}; use "
             "--mile-normalize local or none"
+        )
+
+
+def refuse_smoothed_padding(config: ObjectiveConfig, columns: int, words: int) -> None:
+    """Stop where label smoothing would give a part of the target to padding columns.
+
+    Args:
+        config: The objective.
+        columns: Of the vocabulary that the softmax counts.
+        words: The tokenizer's size.
+    """
+    if config.label_smoothing and columns > words:
+        raise MileError(
+            f"--mile-label-smoothing {config.label_smoothing:g} would spread over {columns} "
+            f"columns, of which {columns - words} are padding; add {MASK_FLAG}"
         )
 
 

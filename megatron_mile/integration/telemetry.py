@@ -7,16 +7,21 @@ from typing import Any
 
 import torch
 
-from megatron_mile.config import ObjectiveConfig
+from megatron_mile.config import ADDED, ObjectiveConfig
 from megatron_mile.integration.models import data_group
 from megatron_mile.parallel.tokens import sum_over_ranks
 
 LM_LOSS = "lm loss"
 OWN_FIGURES = ("mile loss", "mile entropy", "mile weight", "mile emo")
+Z_FIGURES = (*OWN_FIGURES[:3], "mile z loss")
 
 
 def report_with_objective(
-    report: dict[str, Any], count: torch.Tensor, figures: Sequence[torch.Tensor], model: Any
+    report: dict[str, Any],
+    count: torch.Tensor,
+    figures: Sequence[torch.Tensor],
+    model: Any,
+    names: Sequence[str] = OWN_FIGURES,
 ) -> dict[str, Any]:
     """Add the objective's own figures to the host's report of plain cross-entropy.
 
@@ -29,13 +34,15 @@ def report_with_objective(
     Args:
         report: What the host's loss function reported of plain cross-entropy.
         count: Sum of this rank's mask, fp64 0-d, as each figure.
-        figures: Sums over this rank's tokens, times the mask, in the order of `OWN_FIGURES`: what
-            is differentiated, the entropy, the weight, and the distance if there is one.
+        figures: Sums over this rank's tokens, times the mask, in the order of `names`: what is
+            differentiated, the entropy, the weight, and the distance or the z-loss if there is one.
         model: The model that was run, wrapped or not.
+        names: Of the figures; there may be more of them.
 
     Returns:
-        The report as it was, followed by "mile loss" (what is differentiated), "mile entropy"
-        (nats), "mile weight", and "mile emo", the distance, if there is one.
+        The report as it was, followed by "mile loss" (what is differentiated, with its z-loss),
+        "mile entropy" (nats), "mile weight", and "mile emo", the distance, or "mile z loss" if
+        there is one.
     """
     host = report.get(LM_LOSS, next(iter(report.values()), None))
     # In pairs, so that [sum, count] of all figures are made at once.
@@ -43,7 +50,7 @@ def report_with_objective(
     if not _is_sum_of_this_rank(host):
         pairs = sum_over_ranks(pairs, data_group(model))
     ours = (_in_form_of(host, pair) for pair in pairs.float().view(-1, 2).unbind())
-    return {**report, **dict(zip(OWN_FIGURES, ours, strict=False))}
+    return {**report, **dict(zip(names, ours, strict=False))}
 
 
 def _is_sum_of_this_rank(host: Any) -> bool:
@@ -64,14 +71,15 @@ def _in_form_of(host: Any, pair: torch.Tensor) -> Any:
 def describe(config: ObjectiveConfig) -> str:
     """One line that says what is optimised."""
     objective = config.definition
-    if objective.is_cross_entropy:
+    added = [setting.describe(getattr(config, name)) for name, setting in ADDED.items()]
+    if objective.is_cross_entropy and not any(added):
         return f"{objective.name} (plain cross-entropy through megatron_mile)"
     parts = [setting.describe(config.own[setting.name]) for setting in objective.settings]
     if objective.weight is not None:
         through = config.entropy_slope is not None
         parts += [f"alpha {config.normalize}"]
         parts += ["gradient through the entropy" if through else "weights detached"]
-    return f"{objective.name} ({', '.join(filter(None, parts))})"
+    return f"{objective.name} ({', '.join(filter(None, [*parts, *added]))})"
 
 
 def alpha_scope(args: Mapping[str, Any], normalize: str) -> str:

@@ -25,8 +25,14 @@ class Setting:
     choices: tuple[str, ...] | None = None
     low: float = 0.0
     high: float = math.inf
+    below: bool = False
+    """A number must be below `high`, which is else legal itself."""
     shown: Callable[[Any], str] | None = None
     """How the start block says its value, "" for nothing; None for its name and value."""
+
+    def holds(self, number: float) -> bool:
+        """Return whether a number is in the range."""
+        return self.low <= number and (number < self.high if self.below else number <= self.high)
 
     def describe(self, value: Any) -> str:
         """Return what the start block says of a value."""
@@ -67,6 +73,8 @@ class Objective:
     """(settings) -> None; raises ValueError where fp32 cannot hold a weight or many of them."""
     check_slope: Callable[..., None] | None = None
     """(settings) -> None; raises ValueError where the slope has no bound."""
+    needs_squares: bool = False
+    """Whether `weight` takes `squares`, sum_k p_k^2 of the model's distribution, in (0, 1]."""
     mix: Callable[..., Mix] | None = None
     """(nll, distance, settings) -> Mix; None for an objective that is a weight alone."""
 

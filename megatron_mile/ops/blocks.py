@@ -16,24 +16,38 @@ Block = tuple[slice, tuple[torch.Tensor, ...]]
 
 
 class Coefficients(NamedTuple):
-    """What makes the gradient of a row: e^(z - m) * (flat + tilt * x), and `peak` at the target.
+    """What makes the gradient of a row: e^(z - m) * (flat + tilt * x) + base, `peak` at the target.
 
-    x is z - m where the gradient flows through the entropy, and c - D for EMO. All are of one
-    shape, a number for each row.
+    x is z - m where the gradient flows through the entropy, and c - D for EMO. base is there with
+    label smoothing. All are of one shape, a number for each row.
     """
 
     flat: torch.Tensor
     peak: torch.Tensor
     tilt: torch.Tensor | None = None
+    base: torch.Tensor | None = None
+
+    @classmethod
+    def unstack(cls, stacked: torch.Tensor, based: bool) -> Coefficients:
+        """Return them of one tensor, [2 to 4, ...], the last of which is base if there is one."""
+        flat, peak, *others = stacked.unbind()
+        base = others.pop() if based else None
+        return cls(flat, peak, others[0] if others else None, base)
+
+    def present(self) -> list[torch.Tensor]:
+        """Return those that are there."""
+        return [x for x in self if x is not None]
 
     def stack(self) -> torch.Tensor:
-        """Return them as one tensor, [2 or 3, ...]."""
-        return torch.stack([x for x in self if x is not None])
+        """Return those that are there as one tensor, [2 to 4, ...]."""
+        return torch.stack(self.present())
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Coefficients:
         """Return them changed."""
-        flat, peak, tilt = self
-        return Coefficients(change(flat), change(peak), tilt if tilt is None else change(tilt))
+        flat, peak, *others = self
+        return Coefficients(
+            change(flat), change(peak), *(x if x is None else change(x) for x in others)
+        )
 
     def part(self, rows: slice) -> Coefficients:
         """Return those of some rows."""
@@ -41,7 +55,19 @@ class Coefficients(NamedTuple):
 
     def are_zero(self) -> torch.Tensor:
         """Return bool [...]: the token gets no gradient."""
-        return reduce(torch.logical_and, [x == 0 for x in self if x is not None])
+        return reduce(torch.logical_and, [x == 0 for x in self.present()])
+
+
+class Extras(NamedTuple):
+    """What is added to w * nll."""
+
+    smoothing: float = 0.0
+    """eps of label smoothing, in [0, 1)."""
+    z_loss: float = 0.0
+    """c of the z-loss, >= 0."""
+
+
+NOTHING = Extras()
 
 
 def row_blocks(size: int, *tensors: torch.Tensor) -> Iterator[Block]:

@@ -26,6 +26,9 @@ INSTRUCTIONS = {
         "forward": 10.3,
         "backward": 8.2,
         "backward, tilted": 10.3,
+        "forward, smoothed": 12.4,
+        "forward, squares": 11.9,
+        "backward, smoothed": 8.2,
         "emo forward": 16.4,
         "emo backward": 19.7,
     },
@@ -33,6 +36,9 @@ INSTRUCTIONS = {
         "forward": 10.3,
         "backward": 8.2,
         "backward, tilted": 10.3,
+        "forward, smoothed": 12.4,
+        "forward, squares": 11.9,
+        "backward, smoothed": 8.2,
         "emo forward": 16.7,
         "emo backward": 21,
     },
@@ -40,6 +46,9 @@ INSTRUCTIONS = {
         "forward": 9.3,
         "backward": 6.7,
         "backward, tilted": 9,
+        "forward, smoothed": 12.3,
+        "forward, squares": 10.2,
+        "backward, smoothed": 6.7,
         "emo forward": 12.3,
         "emo backward": 16.6,
     },
@@ -80,7 +89,7 @@ def codes(environment: dict[str, str]) -> list[Code]:
 
 def test_every_case_is_compiled(codes: list[Code]) -> None:
     cases = {(code.chip, code.dtype, code.columns, code.kernel) for code in codes}
-    assert len(cases) == len(codes) == 3 * (5 * 5)
+    assert len(cases) == len(codes) == 3 * (5 * 8)
     assert {code.columns for code in codes} == {32000, 31999, 16384}
 
 
@@ -121,4 +130,4 @@ def test_other_shapes_compile_nothing_again(environment: dict[str, str]) -> None
     command = [sys.executable, "-c", ONE_KERNEL]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["8", "1"]
+    assert run.stdout.split() == ["13", "1"]

@@ -13,7 +13,9 @@ import pytest
 import torch
 from support.helpers import error
 
+from megatron_mile.ops.blocks import NOTHING, Extras
 from megatron_mile.ops.per_token import kernel, reference
+from megatron_mile.ops.token_stats import FOUR, Wanted
 
 # The interpreter computes with numpy, which warns of infinities and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -26,6 +28,8 @@ SINGLE = 1.2e-7  # one rounding to fp32
 
 # Around the block of 128 tokens and that of 1024, a single token, and none.
 TOKENS = [0, 1, 127, 128, 1024, 1100]
+WANTED = [FOUR, Wanted(shifts=True), Wanted(squares=True), Wanted(True, True)]
+EXTRAS = [NOTHING, Extras(smoothing=0.1), Extras(z_loss=1e-3), Extras(0.3, 10.0)]
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +47,8 @@ def same(ours: torch.Tensor, truth: torch.Tensor, tolerance: float) -> None:
     torch.testing.assert_close(ours, truth, rtol=tolerance, atol=1e-300, equal_nan=True)
 
 
-def shards_of(ranks: int, tokens: int) -> torch.Tensor:
-    """Statistics [R, 4, N] in fp32: also shards without a finite logit, NaN, large shifts."""
+def shards_of(ranks: int, tokens: int, wanted: Wanted = FOUR) -> torch.Tensor:
+    """Statistics [R, 4 to 7, N] in fp32: also shards without a finite logit, NaN, large shifts."""
     m = 20 * torch.randn(ranks, tokens, device=DEVICE)
     total = 1 + 1000 * torch.rand(ranks, tokens, device=DEVICE)
     moment = -total * 5 * torch.rand(ranks, tokens, device=DEVICE)
@@ -67,14 +71,29 @@ def shards_of(ranks: int, tokens: int) -> torch.Tensor:
     ):
         if token < tokens:
             change(shards[..., token])
-    return shards
+    return torch.cat([shards, *_more(shards, wanted)], 1)
 
 
+def _more(shards: torch.Tensor, wanted: Wanted) -> Iterator[torch.Tensor]:
+    """Yield U and n, and Q; the last of several shards has no columns where it has no mass."""
+    m, total = shards[:, :1], shards[:, 1:2]
+    if wanted.shifts:
+        columns = 1000 + torch.arange(len(shards), device=DEVICE).view(-1, 1, 1)
+        columns = torch.where(m == -torch.inf, 0, columns.to(m.dtype))
+        columns[0] = 999
+        shifts = torch.where(m == -torch.inf, -torch.inf, -7.3 * columns)
+        yield torch.where(columns == 0, 0, shifts)
+        yield columns
+    if wanted.squares:
+        yield total * 0.4
+
+
+@pytest.mark.parametrize("wanted", WANTED)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("ranks", [1, 2, 7])
-def test_join_repeats_plain_torch(ranks: int, tokens: int) -> None:
-    shards = shards_of(ranks, tokens)
-    same(kernel.join(shards), reference.join(shards), EXACT)
+def test_join_repeats_plain_torch(ranks: int, tokens: int, wanted: Wanted) -> None:
+    shards = shards_of(ranks, tokens, wanted)
+    same(kernel.join(shards, wanted), reference.join(shards, wanted), EXACT)
 
 
 def test_join_keeps_the_shape_of_the_tokens() -> None:
@@ -86,13 +105,17 @@ def test_join_keeps_the_shape_of_the_tokens() -> None:
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("sloped", [False, True])
-def test_weigh_repeats_plain_torch(weighted: bool, sloped: bool, tokens: int) -> None:
-    shards = shards_of(2, tokens)
-    joined, maxima = reference.join(shards), shards[1, 0]
+@pytest.mark.parametrize("extras", EXTRAS)
+def test_weigh_repeats_plain_torch(
+    extras: Extras, weighted: bool, sloped: bool, tokens: int
+) -> None:
+    wanted = Wanted(shifts=extras.smoothing > 0)
+    shards = shards_of(2, tokens, wanted)
+    joined, maxima = reference.join(shards, wanted), shards[1, 0]
     weight = (1 + joined[5]).pow(1.7) if weighted else None
     slope = 1.7 * (1 + joined[5]).pow(0.7) if sloped else None
     valid = torch.rand(tokens, device=DEVICE) > 0.2
-    given = (joined, maxima, weight, slope, valid)
+    given = (joined, maxima, weight, slope, valid, extras)
     for ours, truth, tolerance in zip(
         kernel.weigh(*given), reference.weigh(*given), (SINGLE, EXACT), strict=True
     ):
@@ -130,6 +153,18 @@ def test_scale_repeats_plain_torch(number: int, tokens: int) -> None:
         truth = reference.scale(stacked, incoming, torch.float32)
         same(torch.stack(ours[:number]), torch.stack(truth[:number]), 0)
         assert (ours.tilt is None) == (number == 2)
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_scale_adds_the_z_loss_to_flat_and_peak(smoothed: bool, tokens: int) -> None:
+    stacked = torch.randn(4 + smoothed, tokens, dtype=torch.float64, device=DEVICE)
+    grad, z_grad = torch.randn(2, tokens, device=DEVICE)
+    stacked[-1, :3], stacked[0, 3:6], grad[2:5], z_grad[1:4] = torch.nan, torch.nan, 0, 0
+    given = (stacked, grad, torch.float32, smoothed, z_grad)
+    ours, truth = kernel.scale(*given), reference.scale(*given)
+    assert (ours.tilt is None, ours.base is None) == (True, not smoothed)
+    same(ours.stack(), truth.stack(), 0)
 
 
 @pytest.mark.parametrize(
@@ -185,9 +220,12 @@ POINTERS |= {"slopes": "fp64", "stacked": "fp64", "sums": "fp64"}
 NUMBERS = {"rows": "i32", "start": "i32", "end": "i32", "ignore_index": "i32"}
 VARIANTS = [
     (kernel.locate_kernel, {}),
-    (kernel.join_kernel, {"SHARDS": 8}),
-    (kernel.weigh_kernel, {"WEIGHTED": True, "SLOPED": True}),
-    (kernel.scale_kernel, {"NUMBER": 3}),
+    (kernel.join_kernel, {"SHARDS": 8, "SHIFTS": False, "SQUARES": False}),
+    (kernel.join_kernel, {"SHARDS": 8, "SHIFTS": True, "SQUARES": True}),
+    (kernel.weigh_kernel, {"WEIGHTED": True, "SLOPED": True, "SMOOTHING": 0.0, "Z_LOSS": 0.0}),
+    (kernel.weigh_kernel, {"WEIGHTED": True, "SLOPED": True, "SMOOTHING": 0.1, "Z_LOSS": 1e-4}),
+    (kernel.scale_kernel, {"NUMBER": 3, "Z_LOSS": False}),
+    (kernel.scale_kernel, {"NUMBER": 4, "Z_LOSS": True}),
     (kernel.sums_kernel, {"NUMBER": 4}),
 ]
 assert isinstance(kernel.join_kernel, triton.JITFunction)
@@ -216,4 +254,4 @@ def test_kernels_compile_for_three_generations(tmp_path: Path) -> None:
     script.write_text(COMPILE)
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["0"] * 15
+    assert run.stdout.split() == ["0"] * 24

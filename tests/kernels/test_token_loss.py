@@ -1,8 +1,18 @@
 """token_loss on the Triton kernels: against the oracle, in place, compiled, captured."""
 
+from typing import Any
+
 import pytest
 import torch
-from support.helpers import assert_close, error, hard_rows, oracle, weighted_configs
+from support.helpers import (
+    assert_close,
+    error,
+    gradients_of,
+    hard_rows,
+    oracle,
+    smoothed_configs,
+    weighted_configs,
+)
 from torch import library
 
 from megatron_mile.config import ObjectiveConfig
@@ -17,6 +27,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU; the interpreter cannot show it")
 
 CONFIGS = weighted_configs(backend="triton")
+CONFIGS |= smoothed_configs(backend="triton")
 CONFIGS["mile 5"] = ObjectiveConfig(gamma=5, sigma=0, backend="triton")
 
 
@@ -30,8 +41,7 @@ def _run(
     logits: torch.Tensor, targets: torch.Tensor, config: ObjectiveConfig, inplace: bool
 ) -> tuple[torch.Tensor, ...]:
     out = token_loss(logits, targets, config, inplace=inplace)
-    (grad,) = torch.autograd.grad(out.loss, logits, torch.ones_like(out.loss))
-    return (*out[:4], grad)
+    return (*out[:4], *gradients_of(out, logits))
 
 
 def test_select_gives_the_kernel() -> None:
@@ -113,12 +123,13 @@ def test_token_loss_inplace_refuses_a_second_backward() -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("name", ["mile", "mile through entropy"])
+@pytest.mark.parametrize("name", ["mile", "mile through entropy", "deft smoothed z"])
 def test_token_loss_compiles_as_one_graph(name: str, inplace: bool) -> None:
     targets = torch.randint(50, (6,), device=DEVICE)
 
     def loss(leaf: torch.Tensor) -> torch.Tensor:
-        return token_loss(leaf * 2, targets, CONFIGS[name], inplace=inplace).loss.sum()
+        out = token_loss(leaf * 2, targets, CONFIGS[name], inplace=inplace)
+        return (out.loss if out.z_loss is None else out.loss + out.z_loss).sum()
 
     grads = []
     # Without a GPU the compiler's own code generation is left out: it needs a C++ compiler.
@@ -136,10 +147,10 @@ def test_token_loss_compiles_as_one_graph(name: str, inplace: bool) -> None:
 def test_operators_keep_their_declarations(name: str) -> None:
     # Schemas, fake results and functionalisation, checked by torch's own test.
     logits, targets = torch.randn(2, 3, 40, device=DEVICE), torch.randint(40, (2, 3), device=DEVICE)
-    arguments: tuple[torch.Tensor, ...] = (logits, targets)
+    arguments: tuple[Any, ...] = (logits, targets, True, True)
     if name == "token_stats_backward":
-        coefficients = torch.randn(3, 2, 3, device=DEVICE)
-        arguments = (*arguments, logits.amax(-1), *coefficients, torch.empty_like(logits))
+        coefficients = torch.randn(4, 2, 3, device=DEVICE)
+        arguments = (logits, targets, logits.amax(-1), *coefficients, torch.empty_like(logits))
     library.opcheck(getattr(torch.ops.megatron_mile, name).default, arguments)
 
 

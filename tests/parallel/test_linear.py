@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.helpers import error, oracle, run_ranks, weighted_configs
+from support.helpers import (
+    error,
+    gradients_of,
+    oracle,
+    run_ranks,
+    smoothed_configs,
+    weighted_configs,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +25,7 @@ from megatron_mile.loss import token_loss
 FIELDS = {torch.float64: 1e-12, torch.float32: 2e-6}
 # Measured: fp64 8e-15; fp32 9e-6 where terms up to 95 cancel, as with a projection of its own.
 GRADIENTS = {torch.float64: 1e-12, torch.float32: 2e-5}
-CONFIGS = weighted_configs()
+CONFIGS = {**weighted_configs(), **smoothed_configs()}
 WIDTH = 24
 # Borders of the shards, and the tokenizer's size where the rest is padding.
 SPLITS = {
@@ -83,8 +90,8 @@ def _check(
         sequence_parallel=sequence_parallel,
         gradient_accumulation_fusion=fused,
     )
-    gradients = torch.autograd.grad(out.loss, (hidden, weight), problem.upstream.to(out.loss.dtype))
-    d_hidden, d_weight = gradients
+    upstream = problem.upstream.to(out.loss.dtype)
+    d_hidden, d_weight = gradients_of(out, hidden, weight, upstream=upstream)
     assert weight.grad_added_to_main_grad == fused
     if fused:
         d_weight = weight.main_grad - before

@@ -5,7 +5,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.helpers import assert_close, error, hard_rows, oracle, run_ranks, weighted_configs
+from support.helpers import (
+    assert_close,
+    error,
+    gradients_of,
+    hard_rows,
+    oracle,
+    run_ranks,
+    smoothed_configs,
+    true_z_loss,
+    weighted_configs,
+)
 from torch.distributed.tensor.debug import CommDebugMode
 
 from megatron_mile.config import ObjectiveConfig
@@ -16,7 +26,11 @@ from megatron_mile.parallel import group_size
 from megatron_mile.parallel.vocab import VocabShard, gather_stats
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
-CONFIGS = {**weighted_configs(), "mile 5": ObjectiveConfig(gamma=5, sigma=0)}
+CONFIGS = {
+    **weighted_configs(),
+    **smoothed_configs(),
+    "mile 5": ObjectiveConfig(gamma=5, sigma=0),
+}
 # Borders of the shards. "equal" is what Megatron makes of a padded vocabulary; the others have the
 # maximum and the target anywhere, one column, a shard without columns, and one shard of all.
 SPLITS = {
@@ -56,11 +70,14 @@ def _shard(case: tuple[Any, ...], group: dist.ProcessGroup | None) -> tuple[torc
     shard = logits[..., start:end].clone().requires_grad_()
     vocab_range = None if split == "equal" else (start, end)
     out = token_loss(shard, targets, CONFIGS[name], tp_group=group, vocab_range=vocab_range)
-    (grad,) = torch.autograd.grad(out.loss, shard, torch.ones_like(out.loss))
+    (grad,) = gradients_of(out, shard)
     given_up = shard * 1
-    loss = token_loss(given_up, targets, CONFIGS[name], group, vocab_range, inplace=True).loss
-    (inplace,) = torch.autograd.grad(loss, given_up, torch.ones_like(loss))
+    again = token_loss(given_up, targets, CONFIGS[name], group, vocab_range, inplace=True)
+    (inplace,) = gradients_of(again, given_up)
     assert error(inplace, grad) <= TOLERANCE[dtype]
+    if out.z_loss is not None:
+        exact = true_z_loss(logits, CONFIGS[name]).masked_fill(~out.valid, 0)
+        assert error(out.z_loss, exact) <= TOLERANCE[dtype]
     return (*(field.detach() for field in out[:5]), grad)
 
 
@@ -74,14 +91,15 @@ def _padded(size: int, inplace: bool) -> None:
     words = WORDS[size]
     start, end = PADDED[size][dist.get_rank() :][:2]
     for dtype, tolerance in TOLERANCE.items():
-        for config in (CONFIGS["mile"], CONFIGS["mile through entropy"]):
+        for name in ("mile", "mile through entropy", *smoothed_configs()):
+            config = CONFIGS[name]
             logits, targets = hard_rows(words, dtype)
             padding = torch.full((12, PADDED[size][-1] - words), torch.nan, dtype=dtype)
             shard = torch.cat([logits, padding], -1)[:, start:end].clone().requires_grad_()
             out = token_loss(
                 shard * 1, targets, config, dist.group.WORLD, inplace=inplace, vocab_size=words
             )
-            (grad,) = torch.autograd.grad(out.loss, shard, torch.ones_like(out.loss))
+            (grad,) = gradients_of(out, shard)
             truth = oracle(logits, targets, config)
             pad = truth.grad.new_zeros(padding.shape)
             whole = truth._replace(grad=torch.cat([truth.grad, pad], -1)[:, start:end])
@@ -95,11 +113,11 @@ def test_token_loss_leaves_padding_out(size: int, inplace: bool) -> None:
     run_ranks(size, _padded, size, inplace)
 
 
-def _collectives(group: dist.ProcessGroup | None) -> tuple[dict[str, int], int]:
+def _collectives(group: dist.ProcessGroup | None, name: str) -> tuple[dict[str, int], int]:
     """Return how often which collective ran in a forward, and their number in its backward."""
     shard = torch.randn(3, 8, requires_grad=True)
     with CommDebugMode() as forward:
-        loss = token_loss(shard, torch.tensor([0, 9, 31]), CONFIGS["mile"], tp_group=group).loss
+        loss = token_loss(shard, torch.tensor([0, 9, 31]), CONFIGS[name], tp_group=group).loss
     with CommDebugMode() as backward:
         loss.nan_to_num(0).sum().backward()
     counts = {str(op): count for op, count in forward.get_comm_counts().items()}
@@ -118,8 +136,10 @@ def _work() -> dict[str, Any]:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     groups = {1: dist.new_subgroups(1)[0], 2: pairs[rank // 2], 4: dist.group.WORLD}
     results: dict[str, Any] = {str(case): _shard(case, groups[case[1]]) for case in CASES}
-    results["collectives"] = [_collectives(groups[size]) for size in (4, 2, 1)]
-    results["collectives"].append(_collectives(None))
+    results["collectives"] = {
+        name: [_collectives(group, name) for group in (*(groups[n] for n in (4, 2, 1)), None)]
+        for name in ("mile", "deft", "deft smoothed z")
+    }
     results["refusal"] = _refusal(pairs[1 - rank // 2])
     return results
 
@@ -152,11 +172,12 @@ def test_token_loss_is_bitwise_equal_on_all_ranks(
         torch.testing.assert_close(other, first, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", ["mile", "deft", "deft smoothed z"])
 def test_token_loss_uses_one_collective_forward_and_none_backward(
-    ranks: list[dict[str, Any]],
+    ranks: list[dict[str, Any]], name: str
 ) -> None:
     for result in ranks:
-        four, two, one, none = result["collectives"]
+        four, two, one, none = result["collectives"][name]
         for counts, backward in (four, two):
             assert list(counts.values()) == [1]
             assert "gather" in next(iter(counts))

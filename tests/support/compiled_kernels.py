@@ -189,7 +189,7 @@ def cases(dtype: str, columns: int, rows: int = ROWS) -> dict[str, Callable[[], 
     """Return calls of the launchers for [rows, columns] logits, whose last kernel is the case's."""
     from megatron_mile.ops.blocks import Coefficients
     from megatron_mile.ops.emo import kernel as emo
-    from megatron_mile.ops.token_stats import kernel
+    from megatron_mile.ops.token_stats import Wanted, kernel
 
     logits = torch.empty(rows, columns, dtype=_DTYPES[dtype])
     # Megatron pads the vocabulary; the padding may be masked.
@@ -197,6 +197,7 @@ def cases(dtype: str, columns: int, rows: int = ROWS) -> dict[str, Callable[[], 
     targets, scale = torch.empty(rows, dtype=torch.int64), torch.empty(columns)
     row = torch.empty(rows)
     pair, triple = Coefficients(row, row), Coefficients(row, row, row)
+    smoothed = Coefficients(row, row, None, row)
     block = (padded, padded, scale, targets)
 
     def backward(coefficients: Coefficients) -> Callable[[], None]:
@@ -206,6 +207,9 @@ def cases(dtype: str, columns: int, rows: int = ROWS) -> dict[str, Callable[[], 
         "forward": lambda: kernel.token_stats(logits, targets),
         "backward": backward(pair),
         "backward, tilted": backward(triple),
+        "forward, smoothed": lambda: kernel.token_stats(logits, targets, False, Wanted(True)),
+        "forward, squares": lambda: kernel.token_stats(logits, targets, False, Wanted(False, True)),
+        "backward, smoothed": backward(smoothed),
         "emo forward": lambda: emo.emo_stats(*block),
         "emo backward": lambda: emo.emo_stats_backward(*block, row, row, triple, padded),
     }

@@ -24,11 +24,13 @@ from megatron_mile.objectives import OBJECTIVES
 
 IGNORED = -100
 MILE = ObjectiveConfig()
-# The weight of each objective, from its equation and not from the code: (nll, H, settings) -> w.
-WEIGHTS: dict[str, Callable[[torch.Tensor, torch.Tensor, ObjectiveConfig], torch.Tensor]] = {
+# The weight of each objective, from its equation and not from the code: (nll, H, settings) -> w,
+# with sum p^2 as `squares` where the objective needs it.
+WEIGHTS: dict[str, Callable[..., torch.Tensor]] = {
     "ce": lambda nll, entropy, _: torch.ones_like(nll),
     "mile": lambda nll, entropy, config: (config.sigma + entropy) ** config.gamma,
     "focal": lambda nll, entropy, config: (1 - torch.exp(-nll)).clamp(min=0) ** config.gamma,
+    "deft": lambda nll, entropy, config, squares: torch.exp(-nll) ** squares,
 }
 # Those of the library whose loss is a weight times nll: each must have its equation above.
 WEIGHTED = [name for name, objective in OBJECTIVES.items() if not objective.needs_cost]
@@ -59,6 +61,19 @@ def weighted_configs(**common: Any) -> dict[str, ObjectiveConfig]:
     return configs
 
 
+def smoothed_configs(**common: Any) -> dict[str, ObjectiveConfig]:
+    """Return configurations with label smoothing, with z-loss, and with both."""
+    both = {"label_smoothing": 0.1, "z_loss": 1e-2}
+    return {
+        "ce smoothed": ObjectiveConfig("ce", label_smoothing=0.1, **common),
+        "ce z": ObjectiveConfig("ce", z_loss=1e-2, **common),
+        "mile smoothed z": ObjectiveConfig(label_smoothing=0.3, z_loss=1e-3, **common),
+        "mile through entropy smoothed z": ObjectiveConfig(entropy_grad=True, **both, **common),
+        "focal smoothed": ObjectiveConfig("focal", gamma=2, label_smoothing=0.9, **common),
+        "deft smoothed z": ObjectiveConfig("deft", **both, **common),
+    }
+
+
 class Truth(NamedTuple):
     """What the oracle gives: per-token fields, and the gradient [..., V]; all float64."""
 
@@ -78,7 +93,8 @@ def oracle(
     """Compute the loss per token in float64 from the definitions, and its gradient by autograd.
 
     Ignored tokens are 0 throughout; other targets outside the vocabulary have NaN for loss, nll and
-    gradient. `upstream` is the gradient that reaches the loss, 1 if not given.
+    gradient. `upstream` is the gradient that reaches the loss, and the z-loss if there is one, 1 if
+    not given.
     """
     z = logits.detach().double().requires_grad_()
     valid = targets != IGNORED
@@ -88,13 +104,23 @@ def oracle(
     entropy = -(p * torch.where(p > 0, log_p, 0.0)).sum(-1)
     at_target = log_p.gather(-1, torch.where(known, targets, 0).long().unsqueeze(-1)).squeeze(-1)
     nll = torch.where(known, -at_target, torch.nan)
-    weight = WEIGHTS[config.objective](nll.detach(), entropy, config)
-    loss = (weight if config.entropy_grad else weight.detach()) * nll
+    squares = {"squares": p.square().sum(-1)} if config.definition.needs_squares else {}
+    weight = WEIGHTS[config.objective](nll.detach(), entropy, config, **squares)
+    eps, smoothed = config.label_smoothing, nll
+    if eps:
+        smoothed = (1 - eps) * nll - eps * log_p.mean(-1)
+    loss = (weight if config.entropy_grad else weight.detach()) * smoothed
+    total = loss + true_z_loss(z, config) if config.z_loss else loss
     upstream = torch.ones_like(loss) if upstream is None else upstream.double()
-    (grad,) = torch.autograd.grad(loss[known], z, upstream[known], materialize_grads=True)
+    (grad,) = torch.autograd.grad(total[known], z, upstream[known], materialize_grads=True)
     fields = [x.detach().masked_fill(~valid, 0) for x in (loss, nll, entropy, weight)]
     grad = torch.where(known.unsqueeze(-1), grad, torch.nan)
     return Truth._make([*fields, grad.masked_fill(~valid.unsqueeze(-1), 0)])
+
+
+def true_z_loss(logits: torch.Tensor, config: ObjectiveConfig) -> torch.Tensor:
+    """Return c (ln sum_k e^z_k)^2 in float64, whatever the targets."""
+    return config.z_loss * logits.double().logsumexp(-1) ** 2
 
 
 def hard_rows(vocab: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,9 +151,17 @@ def run_loss(
     """Return the library's token_loss and its gradient; `upstream` as in the oracle."""
     leaf = logits.detach().clone().requires_grad_()
     out = token_loss(leaf, targets, config)
-    upstream = torch.ones_like(out.loss) if upstream is None else upstream
-    (grad,) = torch.autograd.grad(out.loss, leaf, upstream)
+    (grad,) = gradients_of(out, leaf, upstream=upstream)
     return out, grad
+
+
+def gradients_of(
+    out: TokenLoss, *leaves: torch.Tensor, upstream: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of the loss, and of the z-loss if there is one."""
+    outputs = [x for x in (out.loss, out.z_loss) if x is not None]
+    upstream = torch.ones_like(out.loss) if upstream is None else upstream
+    return torch.autograd.grad(outputs, leaves, [upstream] * len(outputs))
 
 
 def error(ours: torch.Tensor, truth: torch.Tensor) -> float:

@@ -14,6 +14,7 @@ import torch
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import token_loss
 from megatron_mile.ops.blocks import Coefficients
+from megatron_mile.ops.token_stats import FOUR, Wanted
 from support.helpers import error, oracle
 
 # Statistics: fp32 sums of up to 128256 terms, measured 2.1e-7 at most. Gradients: one rounding.
@@ -40,8 +41,14 @@ LAYOUTS = {
 }
 
 
-def true_stats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return (m, S, T, z_y), fp64 [4, ...], from their definitions."""
+# What may be wanted beyond the four.
+WANTED = [FOUR, Wanted(shifts=True), Wanted(squares=True), Wanted(True, True)]
+
+
+def true_stats(
+    logits: torch.Tensor, targets: torch.Tensor, wanted: Wanted = FOUR
+) -> torch.Tensor:
+    """Return (m, S, T, z_y) and what is wanted, fp64 [4 to 7, ...], from their definitions."""
     z = logits.double()
     m = z.amax(-1)
     masked = z == -torch.inf
@@ -49,16 +56,22 @@ def true_stats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     exps = torch.where(masked, 0, shifted.exp())
     z_y = z.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     z_y = torch.where(targets < 0, torch.nan, z_y)
-    return torch.stack([m, exps.sum(-1), (exps * shifted).sum(-1), z_y])
+    more = []
+    if wanted.shifts:
+        more += [torch.where(masked, z, shifted).sum(-1), torch.full_like(m, z.size(-1))]
+    if wanted.squares:
+        more += [torch.where(masked, 0, (2 * shifted).exp()).sum(-1)]
+    return torch.stack([m, exps.sum(-1), (exps * shifted).sum(-1), z_y, *more])
 
 
 def true_gradient(
     logits: torch.Tensor, targets: torch.Tensor, m: torch.Tensor, coefficients: Coefficients
 ) -> torch.Tensor:
     """Return the gradient, fp64 [..., V], from its definition."""
-    flat, peak, tilt = coefficients.map(lambda x: x.double().unsqueeze(-1))
+    flat, peak, tilt, base = coefficients.map(lambda x: x.double().unsqueeze(-1))
     shifted = (logits.double() - m.double().unsqueeze(-1)).clamp(min=-1e6)  # 0 * -inf is meant as 0
     value = torch.exp(shifted) * (flat + (0 if tilt is None else tilt * shifted))
+    value = value + (0 if base is None else base)
     columns = torch.arange(logits.size(-1), device=logits.device)
     return torch.where(columns == targets.unsqueeze(-1), peak, value)
 
@@ -126,48 +139,66 @@ class Contract:
         logits[7, 1:] -= 200
         return logits, targets
 
-    def coefficients(self, count: int, m: torch.Tensor, tilted: bool) -> Coefficients:
-        return Coefficients(*torch.randn(2 + tilted, count, device=self.device, dtype=m.dtype))
+    def coefficients(
+        self, count: int, m: torch.Tensor, tilted: bool, based: bool = False
+    ) -> Coefficients:
+        number = 2 + tilted + based
+        stacked = torch.randn(number, count, device=self.device, dtype=m.dtype)
+        return Coefficients.unstack(stacked, based)
 
+    @pytest.mark.parametrize("wanted", WANTED)
     @pytest.mark.parametrize(("count", "vocab"), VOCABULARIES)
     def test_token_stats_matches_definition(
-        self, count: int, vocab: int, dtype: torch.dtype
+        self, count: int, vocab: int, wanted: Wanted, dtype: torch.dtype
     ) -> None:
         logits, targets = self.rows(count, vocab, dtype)
-        stats = self.implementation.token_stats(logits, targets)
+        stats = self.implementation.token_stats(logits, targets, wanted=wanted)
         assert stats.dtype == torch.promote_types(dtype, torch.float32)
         assert stats.is_contiguous()
-        assert error(stats, true_stats(logits, targets)) <= STATS[dtype]
+        assert error(stats, true_stats(logits, targets, wanted)) <= STATS[dtype]
         assert torch.equal(stats[0], logits.amax(-1).to(stats.dtype))
 
-    def test_token_stats_of_hard_rows_matches_definition(self, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize("wanted", WANTED)
+    def test_token_stats_of_hard_rows_matches_definition(
+        self, wanted: Wanted, dtype: torch.dtype
+    ) -> None:
         logits, targets = self.hard(dtype)
-        stats = self.implementation.token_stats(logits, targets)
-        assert error(stats, true_stats(logits, targets)) <= STATS[dtype]
+        stats = self.implementation.token_stats(logits, targets, wanted=wanted)
+        assert error(stats, true_stats(logits, targets, wanted)) <= STATS[dtype]
         assert stats[:3, 4].tolist() == [-torch.inf, 0, 0]
+
+    @pytest.mark.parametrize("wanted", WANTED[1:])
+    def test_what_is_wanted_leaves_the_four_as_they_are(
+        self, wanted: Wanted, dtype: torch.dtype
+    ) -> None:
+        logits, targets = self.hard(dtype)
+        stats = self.implementation.token_stats(logits, targets, wanted=wanted)
+        four = self.implementation.token_stats(logits, targets)
+        torch.testing.assert_close(stats[:4], four, rtol=0, atol=0, equal_nan=True)
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
     def test_token_stats_of_a_bad_row_is_nan_in_its_sums(
         self, dtype: torch.dtype, bad: float
     ) -> None:
         logits, targets = self.rows(4, 131, dtype)
-        good = self.implementation.token_stats(logits, targets)
+        good = self.implementation.token_stats(logits, targets, wanted=WANTED[-1])
         logits[1, 7] = bad
-        stats = self.implementation.token_stats(logits, targets)
-        assert stats[1:3, 1].isnan().all()
+        stats = self.implementation.token_stats(logits, targets, wanted=WANTED[-1])
+        assert stats[[1, 2, 4, 6], 1].isnan().all()
         others = torch.tensor([0, 2, 3], device=self.device)
         torch.testing.assert_close(
             stats[:, others], good[:, others], rtol=0, atol=0, equal_nan=True
         )
 
+    @pytest.mark.parametrize("based", [False, True])
     @pytest.mark.parametrize("tilted", [False, True])
     @pytest.mark.parametrize(("count", "vocab"), VOCABULARIES)
     def test_token_stats_backward_matches_definition(
-        self, count: int, vocab: int, tilted: bool, dtype: torch.dtype
+        self, count: int, vocab: int, tilted: bool, based: bool, dtype: torch.dtype
     ) -> None:
         logits, targets = self.rows(count, vocab, dtype)
         m = self.implementation.token_stats(logits, targets)[0]
-        coefficients = self.coefficients(count, m, tilted)
+        coefficients = self.coefficients(count, m, tilted, based)
         expected = true_gradient(logits, targets, m, coefficients)
         before = logits.clone()
         grad = self.implementation.token_stats_backward(logits, targets, m, coefficients)
@@ -175,13 +206,14 @@ class Contract:
         assert error(grad, expected) <= GRADIENT[dtype]
         assert torch.equal(logits, before)
 
+    @pytest.mark.parametrize("based", [False, True])
     @pytest.mark.parametrize("tilted", [False, True])
     def test_token_stats_backward_of_hard_rows_matches_definition(
-        self, tilted: bool, dtype: torch.dtype
+        self, tilted: bool, based: bool, dtype: torch.dtype
     ) -> None:
         logits, targets = self.hard(dtype)
         m = self.implementation.token_stats(logits, targets)[0]
-        coefficients = self.coefficients(8, m, tilted)
+        coefficients = self.coefficients(8, m, tilted, based)
         # A row without a finite logit: e^(z - m) is taken as 0.
         finite = m.masked_fill(m == -torch.inf, 0)
         expected = true_gradient(logits, targets, finite, coefficients)
@@ -238,10 +270,14 @@ class Contract:
         )
         assert torch.equal(grad, torch.zeros_like(grad))
 
-    def test_token_stats_backward_is_not_zero_for_tilt_alone(self, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize("based", [False, True])
+    def test_token_stats_backward_is_not_zero_for_tilt_or_base_alone(
+        self, based: bool, dtype: torch.dtype
+    ) -> None:
         logits, targets = self.rows(3, 131, dtype)
         m = self.implementation.token_stats(logits, targets)[0]
-        coefficients = Coefficients(torch.zeros_like(m), torch.zeros_like(m), torch.ones_like(m))
+        zero, one = torch.zeros_like(m), torch.ones_like(m)
+        coefficients = Coefficients(zero, zero, *((None, one) if based else (one, None)))
         expected = true_gradient(logits, targets, m, coefficients)
         assert expected.any(1).all()
         grad = self.implementation.token_stats_backward(logits, targets, m, coefficients)
@@ -253,11 +289,12 @@ class Contract:
     ) -> None:
         logits = torch.zeros(shape, device=self.device, dtype=dtype)
         targets = torch.full(shape[:-1], -1, device=self.device)
-        stats = self.implementation.token_stats(logits, targets)
-        assert stats.shape == (4, *shape[:-1])
+        stats = self.implementation.token_stats(logits, targets, wanted=WANTED[-1])
+        assert stats.shape == (7, *shape[:-1])
         if shape[-1] == 0:
             assert torch.equal(stats[0], torch.full_like(stats[0], -torch.inf))
-            assert torch.equal(stats[1:3], torch.zeros_like(stats[1:3]))
+            sums = stats[[1, 2, 4, 5, 6]]
+            assert torch.equal(sums, torch.zeros_like(sums))
         grad = self.implementation.token_stats_backward(
             logits, targets, stats[0], Coefficients(*stats.new_ones(2, *shape[:-1]))
         )
@@ -275,14 +312,18 @@ class Contract:
         ]
         assert torch.equal(*grads)
 
+    @pytest.mark.parametrize("based", [False, True])
     @pytest.mark.parametrize("case", ["rows", "hard"])
-    def test_consumed_logits_give_the_gradient(self, case: str, dtype: torch.dtype) -> None:
+    def test_consumed_logits_give_the_gradient(
+        self, case: str, based: bool, dtype: torch.dtype
+    ) -> None:
         logits, targets = self.hard(dtype) if case == "hard" else self.rows(8, 1003, dtype)
-        kept = self.implementation.token_stats(logits, targets)
-        coefficients = self.coefficients(8, kept, False)
+        wanted = WANTED[-1] if based else FOUR
+        kept = self.implementation.token_stats(logits, targets, wanted=wanted)
+        coefficients = self.coefficients(8, kept, False, based)
         finite = kept[0].masked_fill(kept[0] == -torch.inf, 0)
         expected = true_gradient(logits, targets, finite, coefficients)
-        stats = self.implementation.token_stats(logits, targets, True)
+        stats = self.implementation.token_stats(logits, targets, True, wanted)
         torch.testing.assert_close(stats, kept, rtol=0, atol=0, equal_nan=True)
         grad = self.implementation.token_stats_backward(
             logits, targets, stats[0], coefficients, logits, True

@@ -19,6 +19,8 @@ FLAGS = {
     "--mile-emo-mode": "1",
     "--mile-emo-gt-q": False,
     "--mile-emo-cap": 0.0,
+    "--mile-label-smoothing": 0.0,
+    "--mile-z-loss": 0.0,
     "--mile-mask-padded-vocab": False,
     "--mile-fused-linear": False,
     "--mile-emo-cost": "output-layer",

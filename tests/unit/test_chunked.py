@@ -5,14 +5,21 @@ from typing import Any
 import pytest
 import torch
 from support.helpers import error
-from support.token_stats_contract import GRADIENT, STATS, Contract, true_gradient, true_stats
+from support.token_stats_contract import (
+    GRADIENT,
+    STATS,
+    WANTED,
+    Contract,
+    true_gradient,
+    true_stats,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import token_loss
 from megatron_mile.ops import blocks
-from megatron_mile.ops.token_stats import chunked, reference
+from megatron_mile.ops.token_stats import FOUR, chunked, reference
 
 ALL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,20 +39,23 @@ class TestReference(Contract):
 # 1 row per block, 1 of 2 that would fit, and 3 with a rest of 1: always more blocks than threads.
 @pytest.mark.parametrize("size", [1, 99, 150])
 @pytest.mark.parametrize("consume", [False, True])
+@pytest.mark.parametrize("based", [False, True])
 @pytest.mark.parametrize("dtype", ALL, ids=str)
 def test_token_stats_over_threads_and_blocks(
-    size: int, consume: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    size: int, consume: bool, based: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "_IN_CACHE", size)
     logits = (4 * torch.randn(5, 8, 50)).to(dtype).transpose(0, 1)
     logits[3, 2, ::2] = -torch.inf
     targets = torch.randint(-1, 50, (8, 5))
     m = logits.amax(-1).to(torch.promote_types(dtype, torch.float32))
-    coefficients = blocks.Coefficients(*torch.randn(2, 8, 5, dtype=m.dtype))
-    expected = true_stats(logits, targets), true_gradient(logits, targets, m, coefficients)
+    stacked = torch.randn(2 + based, 8, 5, dtype=m.dtype)
+    coefficients = blocks.Coefficients.unstack(stacked, based)
+    wanted = WANTED[-1] if based else FOUR
+    expected = true_stats(logits, targets, wanted), true_gradient(logits, targets, m, coefficients)
     torch.set_num_threads(3)
     try:
-        stats = chunked.token_stats(logits, targets, consume)
+        stats = chunked.token_stats(logits, targets, consume, wanted)
         grad = chunked.token_stats_backward(logits, targets, m, coefficients, logits, consume)
     finally:
         torch.set_num_threads(1)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megatron_mile.config import ObjectiveConfig, _checked
+from megatron_mile.config import ObjectiveConfig, _checked, defining_settings
 from megatron_mile.integration.telemetry import describe
-from megatron_mile.objectives import OBJECTIVES, Setting
+from megatron_mile.objectives import NEED_COST, OBJECTIVES, Setting
 
 FIELDS = {field.name: field for field in dataclasses.fields(ObjectiveConfig)}
 
@@ -24,6 +24,8 @@ def test_config_has_its_fields_in_order_with_the_papers_setting() -> None:
         ("emo_mode", "1"),
         ("emo_gt_q", False),
         ("emo_cap", 0.0),
+        ("label_smoothing", 0.0),
+        ("z_loss", 0.0),
     ]
 
 
@@ -48,6 +50,10 @@ def test_config_has_its_fields_in_order_with_the_papers_setting() -> None:
         ("emo_mode", "3"),
         ("emo_mode", True),
         ("emo_cap", -3),
+        ("label_smoothing", 1),
+        ("label_smoothing", -0.1),
+        ("z_loss", -1e-4),
+        ("z_loss", math.inf),
     ],
 )
 def test_config_refuses_with_field_value_and_expectation(name: str, value: Any) -> None:
@@ -77,6 +83,26 @@ def test_a_number_stays_in_the_range_of_its_setting() -> None:
             ValueError, match=r"expected a finite number >= 0\.1 and <= 1, such as 0"
         ):
             _checked(share, value)
+
+
+def test_a_number_may_have_to_stay_below_its_bound() -> None:
+    with pytest.raises(ValueError, match="expected a finite number >= 0 and < 1, such as 0.0"):
+        ObjectiveConfig(label_smoothing=1.0)
+    assert ObjectiveConfig(label_smoothing=1 - 2**-53).label_smoothing < 1
+
+
+def test_config_refuses_what_emo_has_not() -> None:
+    with pytest.raises(ValueError, match="^z_loss=0.1 with objective emo, which has neither"):
+        ObjectiveConfig("emo", z_loss=0.1)
+    with pytest.raises(ValueError, match="label_smoothing=0.1 and z_loss=0.1 with objective emo"):
+        ObjectiveConfig("emo", label_smoothing=0.1, z_loss=0.1)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_label_smoothing_and_z_loss_define_a_run_where_they_make_a_difference(name: str) -> None:
+    added = {"label_smoothing", "z_loss"}
+    assert added & {*defining_settings(name)} == (set() if name in NEED_COST else added)
+    assert ("emo" in FIELDS["z_loss"].metadata["help"]) == ("emo" not in NEED_COST)
 
 
 def test_config_refuses_an_unbounded_slope() -> None:
@@ -144,6 +170,11 @@ def test_config_docstring_fits_the_page() -> None:
             "focal (gamma 1, alpha global, weights detached)",
         ),
         ({"objective": "ce", "gamma": 3}, "ce (plain cross-entropy through megatron_mile)"),
+        ({"objective": "ce", "label_smoothing": 0.1}, "ce (label smoothing 0.1)"),
+        (
+            {"objective": "deft", "label_smoothing": 0.1, "z_loss": 1e-4},
+            "deft (alpha global, weights detached, label smoothing 0.1, z-loss 0.0001)",
+        ),
         ({"objective": "emo"}, "emo (mode 1)"),
         (
             {"objective": "emo", "emo_mode": "2", "emo_gt_q": True, "emo_cap": 3},

@@ -18,6 +18,12 @@ GAMMAS = [0.0, 0.5, 1.0, 2.0, 5.0]
 WITH_WEIGHT = [name for name, objective in OBJECTIVES.items() if objective.weight is not None]
 
 
+def _squares(name: str, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return sum p^2 for an objective that needs it: from nearly flat to certain."""
+    needed = OBJECTIVES[name].needs_squares
+    return {"squares": torch.linspace(1e-4, 1, like.numel(), dtype=like.dtype)} if needed else {}
+
+
 def _weight(config: ObjectiveConfig, nll: float, entropy: float) -> float:
     row = torch.tensor([[nll], [entropy]], dtype=torch.float64)
     assert config.definition.weight is not None
@@ -79,8 +85,9 @@ def test_weight_is_the_oracles_and_not_one(name: str) -> None:
     for config in variations(name):
         weight = OBJECTIVES[name].weight
         assert weight is not None
-        weights.append(weight(nll, entropy, **config.own))
-        expected = WEIGHTS[name](nll, entropy, config)
+        squares = _squares(name, nll)
+        weights.append(weight(nll, entropy, **config.own, **squares))
+        expected = WEIGHTS[name](nll, entropy, config, **squares)
         torch.testing.assert_close(weights[-1], expected, rtol=1e-14, atol=1e-9)
     assert any((weight != 1).any() for weight in weights)
 
@@ -92,7 +99,7 @@ def test_weight_slope_is_the_derivative(name: str) -> None:
     for config in variations(name):
         entropy = torch.tensor(NATS, dtype=torch.float64, requires_grad=True)
         nll = torch.full_like(entropy, 0.7)
-        value = weight(nll, entropy, **config.own)
+        value = weight(nll, entropy, **config.own, **_squares(name, nll))
         if slope is None:
             assert not value.requires_grad
             continue
@@ -122,5 +129,6 @@ def test_weight_keeps_shape_and_dtype(name: str, dtype: torch.dtype) -> None:
     own = ObjectiveConfig(objective=name, gamma=2).own
     for function in (OBJECTIVES[name].weight, OBJECTIVES[name].weight_slope):
         if function is not None:
-            result = function(nats, nats, **own)
+            squares = {key: x.view(2, 3) for key, x in _squares(name, nats).items()}
+            result = function(nats, nats, **own, **squares)
             assert (result.shape, result.dtype) == (nats.shape, dtype)

@@ -55,24 +55,30 @@ def test_token_stats_of_no_columns_is_empty_shard() -> None:
     assert stats[3].isnan().all()
 
 
+@pytest.mark.parametrize("based", [False, True])
 @pytest.mark.parametrize("tilted", [False, True])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_token_stats_backward_matches_definition(tilted: bool, dtype: torch.dtype) -> None:
+def test_token_stats_backward_matches_definition(
+    tilted: bool, based: bool, dtype: torch.dtype
+) -> None:
     logits = torch.randn(6, 127).to(dtype)
     logits[0, 5] = -torch.inf
     logits[1, 5] = -300
     targets = torch.tensor([0, 126, 64, -1, 3, 5])
     m = logits.amax(-1) + torch.tensor([0, 0, 0, 0, 0.5, 0])  # another shard may hold the maximum
     coefficients = Coefficients(*torch.randn(2 + tilted, 6, dtype=dtype))
+    if based:
+        coefficients = coefficients._replace(base=torch.randn(6, dtype=dtype))
     grad = reference.token_stats_backward(logits, targets, m, coefficients)
 
-    flat, peak, tilt = coefficients.map(lambda x: x.double().unsqueeze(-1))
+    flat, peak, tilt, base = coefficients.map(lambda x: x.double().unsqueeze(-1))
     shifted = (logits.double() - m.double().unsqueeze(-1)).clamp(min=-1e6)  # 0 * -inf is meant as 0
     onehot = torch.arange(127) == targets.unsqueeze(-1)
     expected = torch.exp(shifted) * (flat + (0 if tilt is None else tilt * shifted))
+    expected = expected + (0 if base is None else base)
     expected = torch.where(onehot, peak, expected)
     assert error(grad, expected) <= TOLERANCE[dtype]
-    assert grad[0, 5] == 0
+    assert grad[0, 5] == (coefficients.base[0] if based else 0)
 
 
 @pytest.mark.parametrize("columns", [0, 7])

@@ -69,7 +69,7 @@ def emo_stats_backward(
 ) -> None:
     """Write the gradient, [n, V]; see `megatron_mile.ops.emo.EmoStats`."""
     anchor, size = _anchor(m), rows_in_cache(logits)
-    flat, _, tilt = coefficients.map(lambda x: x.unsqueeze(-1))
+    flat, _, tilt, _ = coefficients.map(lambda x: x.unsqueeze(-1))
     assert tilt is not None
 
     def work(blocks: Iterator[Block]) -> None:

@@ -241,7 +241,7 @@ def emo_stats_backward(
             targets.contiguous(),
             m.contiguous(),
             distance.contiguous(),
-            *coefficients.map(torch.Tensor.contiguous),
+            *coefficients.map(torch.Tensor.contiguous)[:3],
             columns,
             _TILES,
             BLOCK=block,

@@ -46,7 +46,7 @@ def emo_stats_backward(
     out: torch.Tensor,
 ) -> None:
     """Write the gradient, [n, V]; see `megatron_mile.ops.emo.EmoStats`."""
-    flat, peak, tilt = coefficients.map(lambda x: x.unsqueeze(-1))
+    flat, peak, tilt, _ = coefficients.map(lambda x: x.unsqueeze(-1))
     assert tilt is not None
     grad = _costs(products, scale).sub_(distance.unsqueeze(-1)).mul_(tilt).add_(flat)
     grad.mul_(_exps(logits, m))

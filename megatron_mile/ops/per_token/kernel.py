@@ -1,9 +1,9 @@
 """Numbers per token as five small Triton kernels, one launch each where plain torch has dozens.
 
     locate    targets [N]                           -->  column in the shard, valid
-    join      (m, S, T, z_y) [R, 4, N]              -->  (m, S, T, z_y, nll, H) [6, N] fp64
-    weigh     those, weight and slope [N]           -->  fields [4, N], coefficients [2 or 3, N]
-    scale     coefficients, incoming gradient [N]   -->  coefficients of the backward, fp32
+    join      (m, S, T, z_y, ...) [R, 4 to 7, N]    -->  (m, S, T, z_y, nll, H, ...) [6 to 9, N] fp64
+    weigh     those, weight and slope [N]           -->  fields [4 or 5, N], coefficients [2 to 6, N]
+    scale     coefficients, incoming gradients [N]  -->  coefficients of the backward, fp32
     sum_up    mask and figures [N]                  -->  sums of blocks of tokens, which torch adds
 
 A token is a lane. Arithmetic is fp64, as in `reference`: there are a few numbers per token, so the
@@ -19,8 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_mile.ops.blocks import Coefficients
+from megatron_mile.ops.blocks import NOTHING, Coefficients, Extras
 from megatron_mile.ops.operators import operator
+from megatron_mile.ops.token_stats import FOUR, Wanted
 
 _MINUS_INF = tl.constexpr(-torch.inf)
 _NAN = tl.constexpr(torch.nan)
@@ -58,23 +59,29 @@ def locate_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def join_kernel(
-    shards: tl.tensor,  # [R, 4, N] fp32, read-only: m, S, T, z_y
-    joined: tl.tensor,  # [6, N] fp64, written: m, S, T, z_y, nll, H
+    shards: tl.tensor,  # [R, 4 to 7, N] fp32, read-only: m, S, T, z_y, U and n, Q
+    joined: tl.tensor,  # [6 to 9, N] fp64, written: m, S, T, z_y, nll, H, G and V, sum p^2
     rows: tl.tensor,  # N
     SHARDS: tl.constexpr,  # R
+    SHIFTS: tl.constexpr,
+    SQUARES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Merge the shards in their order, and write nll and entropy."""
+    number: tl.constexpr = 4 + 2 * SHIFTS + SQUARES
     tokens, inside = _lanes(rows, BLOCK)
     m = tl.full([BLOCK], _MINUS_INF, tl.float64)
     for shard in range(SHARDS):
-        of_shard = tl.load(shards + 4 * shard * rows + tokens, mask=inside).to(tl.float64)
+        of_shard = tl.load(shards + number * shard * rows + tokens, mask=inside).to(tl.float64)
         m = tl.where((of_shard > m) | (of_shard != of_shard), of_shard, m)  # NaN stays
     total = tl.zeros([BLOCK], tl.float64)
     moment = tl.zeros([BLOCK], tl.float64)
     z_y = tl.full([BLOCK], _NAN, tl.float64)
+    shifts = tl.zeros([BLOCK], tl.float64)
+    columns = tl.zeros([BLOCK], tl.float64)
+    squares = tl.zeros([BLOCK], tl.float64)
     for shard in range(SHARDS):
-        place = shards + 4 * shard * rows + tokens
+        place = shards + number * shard * rows + tokens
         of_shard = tl.load(place, mask=inside).to(tl.float64)
         # A shard without a finite logit has S = T = 0: any finite shift leaves it out.
         shift = tl.where(of_shard == _MINUS_INF, 0.0, of_shard - m)
@@ -84,6 +91,14 @@ def join_kernel(
         moment += tl.exp(shift) * (moment_part + shift * part)
         z = tl.load(place + 3 * rows, mask=inside).to(tl.float64)
         z_y = tl.where(z_y == z_y, z_y, z)
+        if SHIFTS:
+            count = tl.load(place + 5 * rows, mask=inside).to(tl.float64)
+            moved = tl.load(place + 4 * rows, mask=inside).to(tl.float64) + count * (of_shard - m)
+            shifts += tl.where(count == 0, 0.0, moved)  # 0 * -inf of no columns is NaN
+            columns += count
+        if SQUARES:
+            part = tl.load(place + (number - 1) * rows, mask=inside).to(tl.float64)
+            squares += tl.exp(shift) * tl.exp(shift) * part
     log_total = tl.log(total)
     entropy = log_total - moment / total
     out = joined + tokens
@@ -93,6 +108,11 @@ def join_kernel(
     tl.store(out + 3 * rows, z_y, mask=inside)
     tl.store(out + 4 * rows, log_total - (z_y - m), mask=inside)
     tl.store(out + 5 * rows, tl.where(entropy < 0, 0.0, entropy), mask=inside)  # NaN stays
+    if SHIFTS:
+        tl.store(out + 6 * rows, log_total - shifts / columns, mask=inside)
+        tl.store(out + 7 * rows, columns, mask=inside)
+    if SQUARES:
+        tl.store(out + (number + 1) * rows, squares / (total * total), mask=inside)
 
 
 @triton.jit
@@ -104,16 +124,18 @@ def _expm1(x: tl.tensor) -> tl.tensor:
 
 @triton.jit(do_not_specialize=["rows"])
 def weigh_kernel(
-    joined: tl.tensor,  # [6, N] fp64, read-only
+    joined: tl.tensor,  # [6 to 9, N] fp64, read-only
     maxima: tl.tensor,  # [N] fp32, read-only: m of this shard
     weights: tl.tensor,  # [N], read-only; not read unless WEIGHTED
     slopes: tl.tensor,  # [N], read-only; not read unless SLOPED
     valid: tl.tensor,  # [N] bool, read-only
-    fields: tl.tensor,  # [4, N] fp32, written: loss, nll, H, w
-    stacked: tl.tensor,  # [2 or 3, N] fp64, written: flat, peak, tilt
+    fields: tl.tensor,  # [4 or 5, N] fp32, written: loss, nll, H, w, z-loss
+    stacked: tl.tensor,  # [2 to 6, N] fp64, written: flat, peak, tilt, base, of the z-loss
     rows: tl.tensor,  # N
     WEIGHTED: tl.constexpr,
     SLOPED: tl.constexpr,
+    SMOOTHING: tl.constexpr,  # eps; 0 for none
+    Z_LOSS: tl.constexpr,  # c; 0 for none
     BLOCK: tl.constexpr,
 ) -> None:
     """Write the loss and the coefficients of this shard's gradient, 0 for tokens without loss."""
@@ -133,20 +155,35 @@ def weigh_kernel(
     shift = tl.load(maxima + tokens, mask=inside).to(tl.float64) - m
     shift = tl.where(shift > _MINUS_INF, shift, 0.0)  # no finite logit: any finite shift
     out = stacked + tokens
+    smoothed = nll
+    if SMOOTHING > 0:
+        smoothed = (1 - SMOOTHING) * nll + SMOOTHING * tl.load(source + 6 * rows, mask=inside)
+        base = -height * SMOOTHING / tl.load(source + 7 * rows, mask=inside)
+        peak += height * SMOOTHING + base
+        tl.store(out + (2 + SLOPED) * rows, tl.where(counts, base, 0.0), mask=inside)
     if SLOPED:
         slope = tl.load(slopes + tokens, mask=inside).to(tl.float64)
         reach = tl.load(source + 3 * rows, mask=inside) - m
         spread = -tl.load(source + 2 * rows, mask=inside) / total
-        tilt = -nll * slope / total
+        tilt = -smoothed * slope / total
         flat += tilt * spread
         peak += tilt * tl.exp(reach) * (reach + spread)
         flat += tilt * shift
         tl.store(out + 2 * rows, tl.where(counts, tl.exp(shift) * tilt, 0.0), mask=inside)
     tl.store(out, tl.where(counts, tl.exp(shift) * flat, 0.0), mask=inside)
     tl.store(out + rows, tl.where(counts, peak, 0.0), mask=inside)
+    if Z_LOSS > 0:
+        out += (2 + SLOPED + (SMOOTHING > 0)) * rows
+        log_sum = m + tl.log(total)
+        rise = 2 * Z_LOSS * log_sum / total
+        top = rise * tl.exp(tl.load(source + 3 * rows, mask=inside) - m)
+        tl.store(out, tl.where(counts, tl.exp(shift) * rise, 0.0), mask=inside)
+        tl.store(out + rows, tl.where(counts, top, 0.0), mask=inside)
+        value = tl.where(counts, Z_LOSS * log_sum * log_sum, 0.0)
+        tl.store(fields + 4 * rows + tokens, value, mask=inside)
     out = fields + tokens
     entropy = tl.load(source + 5 * rows, mask=inside)
-    tl.store(out, tl.where(counts, weight * nll, 0.0), mask=inside)
+    tl.store(out, tl.where(counts, weight * smoothed, 0.0), mask=inside)
     tl.store(out + rows, tl.where(counts, nll, 0.0), mask=inside)
     tl.store(out + 2 * rows, tl.where(counts, entropy, 0.0), mask=inside)
     tl.store(out + 3 * rows, tl.where(counts, weight, 0.0), mask=inside)
@@ -154,20 +191,27 @@ def weigh_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def scale_kernel(
-    stacked: tl.tensor,  # [K, N] fp64, read-only
+    stacked: tl.tensor,  # [K, N] fp64, read-only, and [2, N] of the z-loss behind them
     gradient: tl.tensor,  # [N] fp32, read-only
     scaled: tl.tensor,  # [K, N] fp32, written
     rows: tl.tensor,  # N
+    z_gradient: tl.tensor,  # [N] fp32, read-only; not read unless Z_LOSS
     NUMBER: tl.constexpr,  # K
+    Z_LOSS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Write the coefficients times the gradient, exactly 0 where it is 0."""
     tokens, inside = _lanes(rows, BLOCK)
     gradient = tl.load(gradient + tokens, mask=inside, other=0.0).to(tl.float64)
+    if Z_LOSS:
+        z_gradient = tl.load(z_gradient + tokens, mask=inside, other=0.0).to(tl.float64)
     for number in tl.static_range(NUMBER):
         cell = number * rows + tokens
         value = tl.load(stacked + cell, mask=inside, other=0.0) * gradient
         value = tl.where(gradient == 0, 0.0, value)  # 0 * NaN is NaN
+        if Z_LOSS and number < 2:
+            of_z = tl.load(stacked + NUMBER * rows + cell, mask=inside, other=0.0) * z_gradient
+            value += tl.where(z_gradient == 0, 0.0, of_z)
         tl.store(scaled + cell, value.to(tl.float32), mask=inside)
 
 
@@ -238,21 +282,32 @@ def locate(
     return local, valid
 
 
-def _fake_join(shards: torch.Tensor) -> torch.Tensor:
-    return shards.new_empty(6, *shards.shape[2:], dtype=torch.float64)
+def _fake_join(shards: torch.Tensor, shifts: bool, squares: bool) -> torch.Tensor:
+    number = Wanted(shifts, squares).number + 2
+    return shards.new_empty(number, *shards.shape[2:], dtype=torch.float64)
 
 
 @operator("join", _fake_join)
-def join(shards: torch.Tensor) -> torch.Tensor:
-    """Return (m, S, T, z_y, nll, H), [6, ...]; see `megatron_mile.ops.per_token.PerToken`."""
-    joined = _fake_join(shards)
+def _joined(shards: torch.Tensor, shifts: bool, squares: bool) -> torch.Tensor:
+    joined = _fake_join(shards, shifts, squares)
     rows = joined[0].numel()
     if rows:
         with torch.cuda.device_of(shards):
             join_kernel[(triton.cdiv(rows, _BLOCK),)](
-                shards.contiguous(), joined, rows, SHARDS=len(shards), BLOCK=_BLOCK
+                shards.contiguous(),
+                joined,
+                rows,
+                SHARDS=len(shards),
+                SHIFTS=shifts,
+                SQUARES=squares,
+                BLOCK=_BLOCK,
             )
     return joined
+
+
+def join(shards: torch.Tensor, wanted: Wanted = FOUR) -> torch.Tensor:
+    """Return (m, S, T, z_y, nll, H, ...); see `megatron_mile.ops.per_token.PerToken`."""
+    return _joined(shards, *wanted)
 
 
 def _fake_weigh(
@@ -261,21 +316,25 @@ def _fake_weigh(
     weight: torch.Tensor | None,
     slope: torch.Tensor | None,
     valid: torch.Tensor,
+    smoothing: float,
+    z_loss: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    fields = maxima.new_empty(4, *valid.shape)
-    return fields, joined.new_empty(2 if slope is None else 3, *valid.shape)
+    number = 2 + (slope is not None) + (smoothing > 0) + 2 * (z_loss > 0)
+    fields = maxima.new_empty(4 + (z_loss > 0), *valid.shape)
+    return fields, joined.new_empty(number, *valid.shape)
 
 
 @operator("weigh", _fake_weigh)
-def weigh(
+def _weighed(
     joined: torch.Tensor,
     maxima: torch.Tensor,
     weight: torch.Tensor | None,
     slope: torch.Tensor | None,
     valid: torch.Tensor,
+    smoothing: float,
+    z_loss: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (fields, coefficients); see `megatron_mile.ops.per_token.PerToken`."""
-    fields, stacked = _fake_weigh(joined, maxima, weight, slope, valid)
+    fields, stacked = _fake_weigh(joined, maxima, weight, slope, valid, smoothing, z_loss)
     rows = valid.numel()
     if rows:
         with torch.cuda.device_of(joined):
@@ -290,30 +349,62 @@ def weigh(
                 rows,
                 WEIGHTED=weight is not None,
                 SLOPED=slope is not None,
+                SMOOTHING=smoothing,
+                Z_LOSS=z_loss,
                 BLOCK=_BLOCK,
             )
     return fields, stacked
 
 
-def _fake_scaled(stacked: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty_like(stacked, dtype=dtype)
+def weigh(
+    joined: torch.Tensor,
+    maxima: torch.Tensor,
+    weight: torch.Tensor | None,
+    slope: torch.Tensor | None,
+    valid: torch.Tensor,
+    extras: Extras = NOTHING,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (fields, coefficients); see `megatron_mile.ops.per_token.PerToken`."""
+    return _weighed(joined, maxima, weight, slope, valid, *extras)
+
+
+def _fake_scaled(
+    stacked: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype, z_grad: torch.Tensor | None
+) -> torch.Tensor:
+    number = len(stacked) - 2 * (z_grad is not None)
+    return stacked.new_empty(number, *stacked.shape[1:], dtype=dtype)
 
 
 @operator("scale", _fake_scaled)
-def _scaled(stacked: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    scaled = _fake_scaled(stacked, grad, dtype)
+def _scaled(
+    stacked: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype, z_grad: torch.Tensor | None
+) -> torch.Tensor:
+    scaled = _fake_scaled(stacked, grad, dtype, z_grad)
     rows = grad.numel()
     if rows:
         with torch.cuda.device_of(stacked):
             scale_kernel[(triton.cdiv(rows, _BLOCK),)](
-                stacked, grad.contiguous(), scaled, rows, NUMBER=len(stacked), BLOCK=_BLOCK
+                stacked,
+                grad.contiguous(),
+                scaled,
+                rows,
+                (grad if z_grad is None else z_grad).contiguous(),
+                NUMBER=len(scaled),
+                Z_LOSS=z_grad is not None,
+                BLOCK=_BLOCK,
             )
     return scaled
 
 
-def scale(stacked: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype) -> Coefficients:
+def scale(
+    stacked: torch.Tensor,
+    grad: torch.Tensor,
+    dtype: torch.dtype,
+    smoothed: bool = False,
+    z_grad: torch.Tensor | None = None,
+) -> Coefficients:
     """Return the coefficients times grad; see `megatron_mile.ops.per_token.PerToken`."""
-    return Coefficients(*_scaled(stacked, grad, dtype))
+    return Coefficients.unstack(_scaled(stacked, grad, dtype, z_grad), smoothed)
 
 
 def _fake_sums(

@@ -7,13 +7,36 @@ For a row z of logits, with local target y,
 A masked entry (z_j = -inf) counts 0. A shard without a finite entry, or without any, has m = -inf
 and S = T = 0. z_y is NaN where the shard does not hold the target. A NaN or +inf among the entries
 makes S and T NaN, and leaves m open.
+
+Label smoothing needs two more, and some weights another one:
+
+    U = sum_j (z_j - m),   n = number of columns,   Q = sum_j e^(2 (z_j - m))
+
+A masked entry makes U -inf. A shard without columns has U = n = Q = 0.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from megatron_mile.ops.blocks import Coefficients
+
+
+class Wanted(NamedTuple):
+    """Which statistics follow the four, in this order."""
+
+    shifts: bool = False
+    """U and n."""
+    squares: bool = False
+    """Q."""
+
+    @property
+    def number(self) -> int:
+        """How many statistics there are in all."""
+        return 4 + 2 * self.shifts + self.squares
+
+
+FOUR = Wanted()
 
 
 class TokenStats(Protocol):
@@ -25,15 +48,20 @@ class TokenStats(Protocol):
     """
 
     def token_stats(
-        self, logits: torch.Tensor, targets: torch.Tensor, consume: bool = False
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        consume: bool = False,
+        wanted: Wanted = FOUR,
     ) -> torch.Tensor:
-        """Return (m, S, T, z_y), [4, ...], contiguous.
+        """Return (m, S, T, z_y) and what else is wanted, [4 to 7, ...], contiguous.
 
         Args:
             logits: Read only, unless `consume` is set.
             targets: The columns of the targets.
             consume: The logits may be overwritten with whatever helps the backward, which must be
                 called with `consumed`. An implementation is free to leave them as they are.
+            wanted: Statistics beyond the four.
         """
         ...
 
@@ -46,7 +74,7 @@ class TokenStats(Protocol):
         out: torch.Tensor | None = None,
         consumed: bool = False,
     ) -> torch.Tensor:
-        """Return the gradient: e^(z - m) * (flat + tilt * (z - m)), and `peak` at the target.
+        """Return the gradient: e^(z - m) * (flat + tilt * (z - m)) + base, `peak` at the target.
 
         Args:
             logits: As the forward left them.

@@ -1,8 +1,8 @@
 """Token statistics as Triton kernels, for fp32, bf16 and fp16 logits.
 
-    forward    z [N, V]  --one read-->  (m, S, T, z_y) [4, N] fp32              one program per row
+    forward    z [N, V]  --one read-->  (m, S, T, z_y, ...) [4 to 7, N] fp32    one program per row
                   the caller joins the shards of the vocabulary and forms the coefficients
-    backward   z [N, V], 2 or 3 coefficients [N]  --one read, one write-->  gradient [N, V]
+    backward   z [N, V], 2 to 4 coefficients [N]  --one read, one write-->  gradient [N, V]
                                                            one program per row and a few tiles
 
 Two kernels, because a row's gradient needs the statistics of all shards. Where there are too few
@@ -32,7 +32,7 @@ import triton.language as tl
 
 from megatron_mile.ops.blocks import Coefficients
 from megatron_mile.ops.operators import operator
-from megatron_mile.ops.token_stats import reference
+from megatron_mile.ops.token_stats import FOUR, Wanted, reference
 
 _FLOOR = tl.constexpr(reference.FLOOR)
 _MINUS_INF = tl.constexpr(-torch.inf)
@@ -146,6 +146,14 @@ def _scaled(
 
 
 @triton.jit
+def _scaled_squares(m: tl.tensor, squares: tl.tensor, new_m: tl.tensor) -> tl.tensor:
+    """Return the sum Q over e^(2 (z-m)) as the sum over e^(2 (z-new_m)), as `_scaled`."""
+    shift = tl.maximum(m - tl.where(new_m == _MINUS_INF, 0.0, new_m), _FLOOR)
+    scale = tl.exp2(shift * _LOG2_E)
+    return scale * scale * squares
+
+
+@triton.jit
 def _sum_of_threads(values: tl.tensor) -> tl.tensor:
     """Return the sums [threads] of [loads, threads, PIECE], in pairs first.
 
@@ -161,10 +169,17 @@ def _sum_of_threads(values: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _add_tile(
-    z: tl.tensor, m: tl.tensor, total: tl.tensor, moment: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return (m, S, T) of each thread with its entries of a tile; one exponential per entry."""
+    z: tl.tensor,
+    m: tl.tensor,
+    total: tl.tensor,
+    moment: tl.tensor,
+    squares: tl.tensor,
+    SQUARES: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Return (m, S, T, Q) of each thread with its entries of a tile; one exponential per entry."""
     new_m = tl.maximum(m, tl.max(tl.max(z, 2), 0))
+    if SQUARES:
+        squares = _scaled_squares(m, squares, new_m)
     total, moment = _scaled(m, total, moment, new_m)
     shifted = z - tl.where(new_m == _MINUS_INF, 0.0, new_m)[None, :, None]
     # exp2, unlike exp, spends no instruction on results below 2^-126, which become 0.
@@ -173,7 +188,24 @@ def _add_tile(
     products = exps * tl.maximum(shifted, _FLOOR)
     total += _sum_of_threads(exps)
     moment += tl.sum(tl.sum(products, 2), 0)
-    return new_m, total, moment
+    if SQUARES:
+        squares += _sum_of_threads(exps * exps)
+    return new_m, total, moment, squares
+
+
+@triton.jit
+def _shifts_of_edge(
+    z: tl.tensor,
+    anchor: tl.tensor,
+    pieces: tl.tensor,
+    skew: tl.tensor,
+    end: tl.tensor,
+    PIECE: tl.constexpr,
+) -> tl.tensor:
+    """Return the sums [threads] of z - anchor over what of a tile is in the row."""
+    entries = _entries(PIECE)
+    inside = (entries >= skew - pieces) & (entries < end - pieces)
+    return _sum_of_threads(tl.where(inside, z - anchor, 0.0))
 
 
 @triton.jit
@@ -201,17 +233,21 @@ def token_stats_fwd_kernel(
     outer_stride: tl.tensor,  # in elements, as inner_stride; the last dimension has stride 1
     inner_stride: tl.tensor,
     targets: tl.tensor,  # [N = outer * inner] int64, read-only; negative: not in this shard
-    stats: tl.tensor,  # [4, parts, N] fp32, written: m, S, T of a part of the row, and z_y
+    stats: tl.tensor,  # [4 to 7, parts, N] fp32, written: m, S, T of a part, z_y, U and n, Q
     rows: tl.tensor,  # N
     inner: tl.tensor,
     columns: tl.tensor,  # V
     tiles: tl.tensor,  # of a part
     BLOCK: tl.constexpr,
     PIECE: tl.constexpr,  # entries in 16 bytes
+    SHIFTS: tl.constexpr,
+    SQUARES: tl.constexpr,
 ) -> None:
-    """Write (m, S, T, z_y) of one row, or of a part of it, tile after tile.
+    """Write (m, S, T, z_y) and what is wanted of one row, or of a part of it, tile after tile.
 
-    Each thread keeps m, S and T of its entries, so that none waits for another before the end.
+    Each thread keeps m, S and T of its entries, so that none waits for another before the end. U is
+    summed up from the maximum of the first tile: a maximum that rises would need a count of entries
+    in each thread.
     """
     row, part = tl.program_id(0), tl.program_id(1)
     start = _row_start(logits, row, inner, outer_stride, inner_stride)
@@ -223,34 +259,60 @@ def token_stats_fwd_kernel(
     m = tl.full([threads], _MINUS_INF, tl.float32)
     total = tl.zeros([threads], tl.float32)
     moment = tl.zeros([threads], tl.float32)
+    squares = tl.zeros([threads], tl.float32)
+    shifts = tl.zeros([threads], tl.float32)
     z_y = tl.load(start + target, mask=target >= 0, other=float("nan")).to(tl.float32)
-    if first < skew:
+    if SHIFTS:
+        count = tl.maximum(stop - tl.maximum(first, skew), 0).to(tl.float32)
         z = _load_edge(base, _pieces(first, BLOCK, PIECE), skew, end, True, PIECE)
-        m, total, moment = _add_tile(z, m, total, moment)
+        anchor = tl.max(tl.max(tl.max(z, 2), 0), 0)
+        anchor = tl.where(anchor == _MINUS_INF, 0.0, anchor)
+    if first < skew:
+        pieces = _pieces(first, BLOCK, PIECE)
+        z = _load_edge(base, pieces, skew, end, True, PIECE)
+        m, total, moment, squares = _add_tile(z, m, total, moment, squares, SQUARES)
+        if SHIFTS:
+            shifts += _shifts_of_edge(z, anchor, pieces, skew, end, PIECE)
         first += BLOCK
     full = first + tl.maximum(stop - first, 0) // BLOCK * BLOCK
     for cell in range(first, full, BLOCK):
         place = base + cell + _pieces(0, BLOCK, PIECE) + _entries(PIECE)
         z = tl.load(place).to(tl.float32)
-        m, total, moment = _add_tile(z, m, total, moment)
+        m, total, moment, squares = _add_tile(z, m, total, moment, squares, SQUARES)
+        if SHIFTS:
+            shifts += _sum_of_threads(z - anchor)
     if full < stop:
-        z = _load_edge(base, _pieces(full, BLOCK, PIECE), skew, end, True, PIECE)
-        m, total, moment = _add_tile(z, m, total, moment)
+        pieces = _pieces(full, BLOCK, PIECE)
+        z = _load_edge(base, pieces, skew, end, True, PIECE)
+        m, total, moment, squares = _add_tile(z, m, total, moment, squares, SQUARES)
+        if SHIFTS:
+            shifts += _shifts_of_edge(z, anchor, pieces, skew, end, PIECE)
     parts = tl.num_programs(1)
     out = stats + part.to(tl.int64) * rows + row
-    _store_joined(m, total, moment, z_y, out, rows.to(tl.int64) * parts, True)
+    step = rows.to(tl.int64) * parts
+    _store_joined(m, total, moment, z_y, out, step, True)
+    new_m = tl.max(m, 0)
+    if SHIFTS:
+        moved = count * (anchor - tl.where(new_m == _MINUS_INF, 0.0, new_m))
+        tl.store(out + 4 * step, tl.sum(shifts, 0) + moved)
+        tl.store(out + 5 * step, count)
+    if SQUARES:
+        number: tl.constexpr = 6 if SHIFTS else 4
+        tl.store(out + number * step, tl.sum(_scaled_squares(m, squares, new_m), 0))
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def token_stats_join_kernel(
-    partial: tl.tensor,  # [4, parts, N] fp32, read-only: as the forward wrote it
-    stats: tl.tensor,  # [4, N] fp32, written: m, S, T, z_y
+    partial: tl.tensor,  # [4 to 7, parts, N] fp32, read-only: as the forward wrote it
+    stats: tl.tensor,  # [4 to 7, N] fp32, written: m, S, T, z_y, U and n, Q
     rows: tl.tensor,  # N
     parts: tl.tensor,
     PARTS: tl.constexpr,  # a power of two, at least `parts`
     BLOCK: tl.constexpr,
+    SHIFTS: tl.constexpr,
+    SQUARES: tl.constexpr,
 ) -> None:
-    """Write (m, S, T, z_y) of some rows from those of their parts."""
+    """Write (m, S, T, z_y) and what is wanted of some rows from those of their parts."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part = tl.arange(0, PARTS)[:, None]
     place = partial + part * rows + row[None, :]
@@ -261,7 +323,21 @@ def token_stats_join_kernel(
     total = tl.load(place + step, mask=inside, other=0.0)
     moment = tl.load(place + 2 * step, mask=inside, other=0.0)
     z_y = tl.load(partial + 3 * step + row, mask=there)
-    _store_joined(m, total, moment, z_y, stats + row, rows.to(tl.int64), there)
+    wide, out = rows.to(tl.int64), stats + row
+    _store_joined(m, total, moment, z_y, out, wide, there)
+    new_m = tl.max(m, 0)
+    if SHIFTS:
+        shifts = tl.load(place + 4 * step, mask=inside, other=0.0)
+        count = tl.load(place + 5 * step, mask=inside, other=0.0)
+        moved = shifts + count * (m - tl.where(new_m == _MINUS_INF, 0.0, new_m)[None, :])
+        # 0 * -inf of a part without entries is NaN.
+        tl.store(out + 4 * wide, tl.sum(tl.where(count == 0, 0.0, moved), 0), mask=there)
+        tl.store(out + 5 * wide, tl.sum(count, 0), mask=there)
+    if SQUARES:
+        number: tl.constexpr = 6 if SHIFTS else 4
+        squares = tl.load(place + number * step, mask=inside, other=0.0)
+        joined = tl.sum(_scaled_squares(m, squares, new_m[None, :]), 0)
+        tl.store(out + number * wide, joined, mask=there)
 
 
 @triton.jit
@@ -271,11 +347,13 @@ def _gradient(
     flat: tl.tensor,
     peak: tl.tensor,
     tilt: tl.tensor,
+    lift: tl.tensor,
     target: tl.tensor,
     first: tl.tensor,
     BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
     TILTED: tl.constexpr,
+    BASED: tl.constexpr,
 ) -> tl.tensor:
     """Return the gradient of the tile from `first` on."""
     shifted = z - anchor
@@ -283,6 +361,8 @@ def _gradient(
     if TILTED:
         factor = flat + tilt * tl.maximum(shifted, _FLOOR)
     value = tl.exp2(shifted * _LOG2_E) * factor
+    if BASED:
+        value += lift
     if (target >= first) & (target < first + BLOCK):  # all threads go the same way
         place = target - _pieces(first, BLOCK, PIECE)
         value = tl.where(_entries(PIECE) == place, peak, value)
@@ -299,18 +379,20 @@ def token_stats_bwd_kernel(
     grad_inner_stride: tl.tensor,
     targets: tl.tensor,  # [N] int64, read-only
     maxima: tl.tensor,  # [N] fp32, read-only: m of the forward
-    flats: tl.tensor,  # [N] fp32, read-only, as peaks and tilts
+    flats: tl.tensor,  # [N] fp32, read-only, as peaks, tilts and bases
     peaks: tl.tensor,
     tilts: tl.tensor,  # not read unless TILTED
     inner: tl.tensor,
     columns: tl.tensor,  # V
     tiles: tl.tensor,  # of a program
+    bases: tl.tensor,  # not read unless BASED
     BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
     TILTED: tl.constexpr,
+    BASED: tl.constexpr,
     ALIKE: tl.constexpr,  # the rows of grad begin as far from a multiple of 16 bytes as the logits'
 ) -> None:
-    """Write a part of a row: e^(z-m) * (flat + tilt * (z-m)), and peak at the target."""
+    """Write a part of a row: e^(z-m) * (flat + tilt * (z-m)) + base, and peak at the target."""
     row = tl.program_id(0)
     m = tl.load(maxima + row)
     flat = tl.load(flats + row)
@@ -320,6 +402,10 @@ def token_stats_bwd_kernel(
     if TILTED:
         tilt = tl.load(tilts + row)
         is_zero = is_zero & (tilt == 0)
+    lift = flat
+    if BASED:
+        lift = tl.load(bases + row)
+        is_zero = is_zero & (lift == 0)
     # Where all are 0 the logits are not read; 0 * NaN of them would be NaN.
     wanted = is_zero == 0
     anchor = tl.where(is_zero | (m == _MINUS_INF), 0.0, m)
@@ -335,19 +421,25 @@ def token_stats_bwd_kernel(
     if first < skew:
         pieces = _pieces(first, BLOCK, PIECE)
         z = _load_edge(base, pieces, skew, end, wanted, PIECE)
-        value = _gradient(z, anchor, flat, peak, tilt, target, first, BLOCK, PIECE, TILTED)
+        value = _gradient(
+            z, anchor, flat, peak, tilt, lift, target, first, BLOCK, PIECE, TILTED, BASED
+        )
         _store_edge(out, value, pieces, skew, end, PIECE)
         first += BLOCK
     full = first + tl.maximum(stop - first, 0) // BLOCK * BLOCK
     for cell in range(first, full, BLOCK):
         lanes = _pieces(0, BLOCK, PIECE) + _entries(PIECE)
         z = tl.load(base + cell + lanes, mask=wanted, other=_MINUS_INF).to(tl.float32)
-        value = _gradient(z, anchor, flat, peak, tilt, target, cell, BLOCK, PIECE, TILTED)
+        value = _gradient(
+            z, anchor, flat, peak, tilt, lift, target, cell, BLOCK, PIECE, TILTED, BASED
+        )
         tl.store(out + cell + lanes, value.to(grad.dtype.element_ty))
     if full < stop:
         pieces = _pieces(full, BLOCK, PIECE)
         z = _load_edge(base, pieces, skew, end, wanted, PIECE)
-        value = _gradient(z, anchor, flat, peak, tilt, target, full, BLOCK, PIECE, TILTED)
+        value = _gradient(
+            z, anchor, flat, peak, tilt, lift, target, full, BLOCK, PIECE, TILTED, BASED
+        )
         _store_edge(out, value, pieces, skew, end, PIECE)
 
 
@@ -355,14 +447,16 @@ def token_stats_bwd_kernel(
 INTERPRETED = not isinstance(token_stats_fwd_kernel, triton.JITFunction)
 
 
-def token_stats(logits: torch.Tensor, targets: torch.Tensor, consume: bool = False) -> torch.Tensor:
-    """Return (m, S, T, z_y), [4, ...]; see `megatron_mile.ops.token_stats.TokenStats`.
+def token_stats(
+    logits: torch.Tensor, targets: torch.Tensor, consume: bool = False, wanted: Wanted = FOUR
+) -> torch.Tensor:
+    """Return (m, S, T, z_y) and what is wanted; see `megatron_mile.ops.token_stats.TokenStats`.
 
     Consumed logits stay as they are until the backward, which reads them anyway.
     """
     if logits.size(-1) == 0:
-        return reference.token_stats(logits, targets)
-    return _forward(logits.detach(), targets)
+        return reference.token_stats(logits, targets, wanted=wanted)
+    return _forward(logits.detach(), targets, *wanted)
 
 
 def token_stats_backward(
@@ -380,20 +474,26 @@ def token_stats_backward(
     return out
 
 
-def _forward_result(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return logits.new_empty(4, *targets.shape, dtype=torch.float32)
+def _forward_result(
+    logits: torch.Tensor, targets: torch.Tensor, shifts: bool, squares: bool
+) -> torch.Tensor:
+    number = Wanted(shifts, squares).number
+    return logits.new_empty(number, *targets.shape, dtype=torch.float32)
 
 
 @operator("token_stats", _forward_result)
-def _forward(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    stats = _forward_result(logits, targets)
+def _forward(
+    logits: torch.Tensor, targets: torch.Tensor, shifts: bool, squares: bool
+) -> torch.Tensor:
+    stats = _forward_result(logits, targets, shifts, squares)
     rows = targets.numel()
     if rows == 0:
         return stats
     logits = _in_rows(logits)
     tiling = _Tiling.of(logits)
     tiles, parts = tiling.shared(rows, _multiprocessors(logits.device))
-    partial = stats if parts == 1 else stats.new_empty(4, parts, rows)
+    partial = stats if parts == 1 else stats.new_empty(len(stats), parts, rows)
+    wanted = {"SHIFTS": shifts, "SQUARES": squares}
     with torch.cuda.device_of(logits):
         token_stats_fwd_kernel[(rows, parts)](
             logits,
@@ -405,13 +505,15 @@ def _forward(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             tiles,
             BLOCK=tiling.block,
             PIECE=tiling.piece,
+            **wanted,
             num_warps=tiling.warps,
             **_REGISTERS,
         )
         if parts > 1:
-            block = max(1, 1024 // triton.next_power_of_2(parts))
+            padded = triton.next_power_of_2(parts)
+            block = max(1, 1024 // padded)
             token_stats_join_kernel[(triton.cdiv(rows, block),)](
-                partial, stats, rows, parts, PARTS=triton.next_power_of_2(parts), BLOCK=block
+                partial, stats, rows, parts, PARTS=padded, BLOCK=block, **wanted
             )
     return stats
 
@@ -423,6 +525,7 @@ def _nothing(
     flat: torch.Tensor,
     peak: torch.Tensor,
     tilt: torch.Tensor | None,
+    base: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     return None
@@ -436,6 +539,7 @@ def _backward(
     flat: torch.Tensor,
     peak: torch.Tensor,
     tilt: torch.Tensor | None,
+    base: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     if logits.numel() == 0:
@@ -459,9 +563,11 @@ def _backward(
             (flat if tilt is None else tilt).contiguous(),
             *logits.shape[1:],
             tiles,
+            (flat if base is None else base).contiguous(),
             BLOCK=tiling.block,
             PIECE=tiling.piece,
             TILTED=tilt is not None,
+            BASED=base is not None,
             ALIKE=_are_alike(logits, grad),
             num_warps=tiling.warps,
             **_REGISTERS,

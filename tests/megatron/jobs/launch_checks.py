@@ -35,6 +35,18 @@ EXPECTED = {
     ("ce", "global"): (5, 21, 5),
 }
 BUDGET = 45
+ADDED: dict[str, dict[str, Any]] = {
+    "smoothed": {"label_smoothing": 0.1},
+    "z": {"z_loss": 1e-4},
+    "deft": {"objective": "deft"},
+    "deft smoothed z": {"objective": "deft", "label_smoothing": 0.1, "z_loss": 1e-4},
+}
+EXPECTED_ADDED = {
+    "smoothed": (7, 25, 5),
+    "z": (7, 26, 5),
+    "deft": (8, 25, 5),
+    "deft smoothed z": (8, 26, 5),
+}
 
 
 def loss_function(
@@ -83,6 +95,17 @@ def check_launches_stay_what_they_are() -> None:
         found[objective, normalize] = tuple(len(phase.names) for phase in micro_batch(config))
     assert found == EXPECTED, found
     assert max(map(sum, found.values())) <= BUDGET
+
+
+def check_label_smoothing_launches_nothing_more_and_z_loss_little() -> None:
+    """Smoothing and the sums of squares ride in the kernels that are there."""
+    found = {}
+    for name, settings in ADDED.items():
+        config = ObjectiveConfig(**{"objective": "mile", "backend": "triton", **settings})
+        phases = micro_batch(config)
+        found[name] = tuple(len(phase.names) for phase in phases)
+        assert [len(phase.collectives) for phase in phases] == [1, 1, 0], name
+    assert found == {name: EXPECTED_ADDED[name] for name in ADDED}, found
 
 
 def check_loss_and_alpha_are_one_collective_each() -> None:
