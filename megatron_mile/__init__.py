@@ -11,6 +11,7 @@ from megatron_mile.config import ObjectiveConfig
 from megatron_mile.emo import CostRows
 from megatron_mile.linear import linear_token_loss
 from megatron_mile.loss import TokenLoss, reduce_loss, token_loss
+from megatron_mile.objective_file import load_objective
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "attach",
     "install",
     "linear_token_loss",
+    "load_objective",
     "reduce_loss",
     "token_loss",
     "uninstall",

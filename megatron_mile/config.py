@@ -70,7 +70,7 @@ _COMMON = (
 )
 # The default objective's own come before the common ones, those of the others behind them.
 _OWN = [setting for objective in OBJECTIVES.values() for setting in objective.settings]
-_SETTINGS = [*dict.fromkeys([_FIRST, *OBJECTIVES[_DEFAULT].settings, *_COMMON, *_OWN])]
+SETTINGS = [*dict.fromkeys([_FIRST, *OBJECTIVES[_DEFAULT].settings, *_COMMON, *_OWN])]
 
 
 def _field(setting: Setting) -> tuple[str, type, Any]:
@@ -87,7 +87,7 @@ def _field(setting: Setting) -> tuple[str, type, Any]:
 def _with_settings(base: type[T]) -> type[T]:
     """Return a frozen dataclass of the settings, with the methods of `base` and its docstring."""
     made = dataclasses.make_dataclass(
-        base.__name__, map(_field, _SETTINGS), bases=(base,), frozen=True
+        base.__name__, map(_field, SETTINGS), bases=(base,), frozen=True
     )
     made.__module__ = base.__module__
     texts = map(_attribute, dataclasses.fields(made))
@@ -125,7 +125,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         """Check every setting, then the objective's own together."""
-        for setting in _SETTINGS:
+        for setting in SETTINGS:
             value = _checked(setting, getattr(self, setting.name))
             object.__setattr__(self, setting.name, value)
         if self.definition.check is not None:
@@ -160,6 +160,8 @@ def _checked(setting: Setting, value: Any) -> Any:
     Raises:
         ValueError: It is of another kind, or out of range.
     """
+    if setting is _FIRST:  # which `load_objective` may have added to
+        return _name(setting.name, value, tuple(OBJECTIVES))
     if setting.choices is not None:
         return _name(setting.name, value, setting.choices)
     if isinstance(setting.default, bool):

@@ -35,7 +35,8 @@ class TokenLoss(NamedTuple):
     """
 
     loss: torch.Tensor
-    """w * nll, not normalised; for emo the sum that its mode makes of nll and distance."""
+    """w * nll, not normalised; for power its value; for emo the sum that its mode makes of
+    nll and distance."""
     nll: torch.Tensor
     """Plain cross-entropy -ln p_y, nats."""
     entropy: torch.Tensor
@@ -210,10 +211,10 @@ def weigh_shard(
     """
     joined = per_token.join(gather_stats(stats, shard.group))
     *_, nll, entropy = joined
-    functions = (config.definition.weight, config.entropy_slope)
+    functions = (config.definition.weight, config.entropy_slope, config.definition.value)
     given = {**config.own, **inputs}
-    weight, slope = (f if f is None else f(nll, entropy, **given) for f in functions)
-    return per_token.weigh(joined, stats[0], weight, slope, valid)
+    weight, slope, value = (f if f is None else f(nll, entropy, **given) for f in functions)
+    return per_token.weigh(joined, stats[0], weight, slope, valid, value)
 
 
 def check_dtypes(name: str, values: torch.Tensor, targets: torch.Tensor) -> None:

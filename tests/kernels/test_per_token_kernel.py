@@ -86,13 +86,15 @@ def test_join_keeps_the_shape_of_the_tokens() -> None:
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("sloped", [False, True])
-def test_weigh_repeats_plain_torch(weighted: bool, sloped: bool, tokens: int) -> None:
+@pytest.mark.parametrize("valued", [False, True])
+def test_weigh_repeats_plain_torch(weighted: bool, sloped: bool, valued: bool, tokens: int) -> None:
     shards = shards_of(2, tokens)
     joined, maxima = reference.join(shards), shards[1, 0]
     weight = (1 + joined[5]).pow(1.7) if weighted else None
     slope = 1.7 * (1 + joined[5]).pow(0.7) if sloped else None
+    value = torch.expm1(-0.3 * joined[4]) / -0.3 if valued else None
     valid = torch.rand(tokens, device=DEVICE) > 0.2
-    given = (joined, maxima, weight, slope, valid)
+    given = (joined, maxima, weight, slope, valid, value)
     for ours, truth, tolerance in zip(
         kernel.weigh(*given), reference.weigh(*given), (SINGLE, EXACT), strict=True
     ):
@@ -181,12 +183,12 @@ from triton.compiler import ASTSource
 from megatron_mile.ops.per_token import kernel
 
 POINTERS = {"targets": "i64", "local": "i64", "valid": "i1", "joined": "fp64", "weights": "fp64"}
-POINTERS |= {"slopes": "fp64", "stacked": "fp64", "sums": "fp64"}
+POINTERS |= {"slopes": "fp64", "values": "fp64", "stacked": "fp64", "sums": "fp64"}
 NUMBERS = {"rows": "i32", "start": "i32", "end": "i32", "ignore_index": "i32"}
 VARIANTS = [
     (kernel.locate_kernel, {}),
     (kernel.join_kernel, {"SHARDS": 8}),
-    (kernel.weigh_kernel, {"WEIGHTED": True, "SLOPED": True}),
+    (kernel.weigh_kernel, {"WEIGHTED": True, "SLOPED": True, "VALUED": True}),
     (kernel.scale_kernel, {"NUMBER": 3}),
     (kernel.sums_kernel, {"NUMBER": 4}),
 ]

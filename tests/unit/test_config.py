@@ -21,9 +21,12 @@ def test_config_has_its_fields_in_order_with_the_papers_setting() -> None:
         ("normalize", "global"),
         ("entropy_grad", False),
         ("backend", "auto"),
+        ("eaft_scale", 3.0),
+        ("eaft_exponent", 1.0),
         ("emo_mode", "1"),
         ("emo_gt_q", False),
         ("emo_cap", 0.0),
+        ("power_q", 1.0),
     ]
 
 
@@ -144,6 +147,12 @@ def test_config_docstring_fits_the_page() -> None:
             "focal (gamma 1, alpha global, weights detached)",
         ),
         ({"objective": "ce", "gamma": 3}, "ce (plain cross-entropy through megatron_mile)"),
+        ({"objective": "dft"}, "dft (alpha global, weights detached)"),
+        (
+            {"objective": "eaft", "normalize": "none"},
+            "eaft (scale 3 nats, exponent 1, alpha none, weights detached)",
+        ),
+        ({"objective": "power"}, "power (q 1, alpha global, weights detached)"),
         ({"objective": "emo"}, "emo (mode 1)"),
         (
             {"objective": "emo", "emo_mode": "2", "emo_gt_q": True, "emo_cap": 3},

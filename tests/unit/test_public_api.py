@@ -13,6 +13,7 @@ NAMES = [
     "attach",
     "install",
     "linear_token_loss",
+    "load_objective",
     "reduce_loss",
     "token_loss",
     "uninstall",

@@ -2,12 +2,12 @@
 
     targets                    --locate-->   column in this shard, whether there is a loss
     (m, S, T, z_y) of shards   --join-->     the same of the whole vocabulary, nll, entropy
-    weight, slope              --weigh-->    loss, and the coefficients of this shard's gradient
+    weight, slope, value       --weigh-->    loss, and the coefficients of this shard's gradient
     incoming gradient          --scale-->    coefficients of the backward
     shares of the loss         --sum_up-->   what alpha and the report need
 
-It is little work, of which plain torch would make a hundred launches on a GPU. Weight and slope are
-the objective's own functions in torch: no implementation knows an objective.
+It is little work, of which plain torch would make a hundred launches on a GPU. Weight, slope and
+value are the objective's own functions in torch: no implementation knows an objective.
 """
 
 from collections.abc import Sequence
@@ -53,6 +53,7 @@ class PerToken(Protocol):
         weight: torch.Tensor | None,
         slope: torch.Tensor | None,
         valid: torch.Tensor,
+        value: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss, and the coefficients of a gradient at an incoming gradient of 1.
 
@@ -67,6 +68,7 @@ class PerToken(Protocol):
             weight: w, [...]; None where it is 1.
             slope: dw/dH, [...]; None where the weight is held constant.
             valid: bool [...]; other tokens get 0 throughout.
+            value: The loss, [...]; None where it is w * nll. The gradient is the same.
 
         Returns:
             (loss, nll, H, w), [4, ...] in the dtype of `maxima`; and the stacked coefficients, fp64

@@ -2,7 +2,7 @@
 
     locate    targets [N]                           -->  column in the shard, valid
     join      (m, S, T, z_y) [R, 4, N]              -->  (m, S, T, z_y, nll, H) [6, N] fp64
-    weigh     those, weight and slope [N]           -->  fields [4, N], coefficients [2 or 3, N]
+    weigh     those, weight, slope, value [N]       -->  fields [4, N], coefficients [2 or 3, N]
     scale     coefficients, incoming gradient [N]   -->  coefficients of the backward, fp32
     sum_up    mask and figures [N]                  -->  sums of blocks of tokens, which torch adds
 
@@ -108,12 +108,14 @@ def weigh_kernel(
     maxima: tl.tensor,  # [N] fp32, read-only: m of this shard
     weights: tl.tensor,  # [N], read-only; not read unless WEIGHTED
     slopes: tl.tensor,  # [N], read-only; not read unless SLOPED
+    values: tl.tensor,  # [N], read-only; not read unless VALUED
     valid: tl.tensor,  # [N] bool, read-only
     fields: tl.tensor,  # [4, N] fp32, written: loss, nll, H, w
     stacked: tl.tensor,  # [2 or 3, N] fp64, written: flat, peak, tilt
     rows: tl.tensor,  # N
     WEIGHTED: tl.constexpr,
     SLOPED: tl.constexpr,
+    VALUED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Write the loss and the coefficients of this shard's gradient, 0 for tokens without loss."""
@@ -146,7 +148,10 @@ def weigh_kernel(
     tl.store(out + rows, tl.where(counts, peak, 0.0), mask=inside)
     out = fields + tokens
     entropy = tl.load(source + 5 * rows, mask=inside)
-    tl.store(out, tl.where(counts, weight * nll, 0.0), mask=inside)
+    loss = weight * nll
+    if VALUED:
+        loss = tl.load(values + tokens, mask=inside).to(tl.float64)
+    tl.store(out, tl.where(counts, loss, 0.0), mask=inside)
     tl.store(out + rows, tl.where(counts, nll, 0.0), mask=inside)
     tl.store(out + 2 * rows, tl.where(counts, entropy, 0.0), mask=inside)
     tl.store(out + 3 * rows, tl.where(counts, weight, 0.0), mask=inside)
@@ -261,6 +266,7 @@ def _fake_weigh(
     weight: torch.Tensor | None,
     slope: torch.Tensor | None,
     valid: torch.Tensor,
+    value: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     fields = maxima.new_empty(4, *valid.shape)
     return fields, joined.new_empty(2 if slope is None else 3, *valid.shape)
@@ -273,9 +279,10 @@ def weigh(
     weight: torch.Tensor | None,
     slope: torch.Tensor | None,
     valid: torch.Tensor,
+    value: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (fields, coefficients); see `megatron_mile.ops.per_token.PerToken`."""
-    fields, stacked = _fake_weigh(joined, maxima, weight, slope, valid)
+    fields, stacked = _fake_weigh(joined, maxima, weight, slope, valid, value)
     rows = valid.numel()
     if rows:
         with torch.cuda.device_of(joined):
@@ -284,12 +291,14 @@ def weigh(
                 maxima,
                 joined if weight is None else weight.contiguous(),
                 joined if slope is None else slope.contiguous(),
+                joined if value is None else value.contiguous(),
                 valid,
                 fields,
                 stacked,
                 rows,
                 WEIGHTED=weight is not None,
                 SLOPED=slope is not None,
+                VALUED=value is not None,
                 BLOCK=_BLOCK,
             )
     return fields, stacked

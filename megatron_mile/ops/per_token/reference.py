@@ -58,6 +58,7 @@ def weigh(
     weight: torch.Tensor | None,
     slope: torch.Tensor | None,
     valid: torch.Tensor,
+    value: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (fields, coefficients); see `megatron_mile.ops.per_token.PerToken`."""
     m, total, moment, z_y, nll, entropy = joined
@@ -71,7 +72,8 @@ def weigh(
         flat = flat + tilt * spread
         peak = peak + tilt * torch.exp(z_y - m) * (z_y - m + spread)
     stacked = _rebase(Coefficients(flat, peak, tilt), maxima - m).stack()
-    fields = torch.stack([weight * nll, nll, entropy, weight])
+    loss = weight * nll if value is None else value
+    fields = torch.stack([loss, nll, entropy, weight])
     return fields.masked_fill(~valid, 0).to(maxima.dtype), stacked.masked_fill(~valid, 0)
 
 
