@@ -15,6 +15,7 @@ NAMES = [
     "linear_token_loss",
     "load_objective",
     "reduce_loss",
+    "set_token_weight",
     "token_loss",
     "uninstall",
     "wrap_forward_step",
