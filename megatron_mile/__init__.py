@@ -1,7 +1,8 @@
 """megatron_mile: an entropy-weighted training objective for Megatron, exact at every layout.
 
-`token_loss`, `linear_token_loss` and `reduce_loss` need torch alone; `install`, `uninstall`,
-`attach` and `wrap_forward_step` put them into a Megatron job and import it when first used.
+`token_loss`, `linear_token_loss`, `reduce_loss` and `load_objective` need torch alone; `install`,
+`uninstall`, `attach`, `wrap_forward_step` and `set_token_weight` put them into a Megatron job and
+import it when first used.
 """
 
 from importlib import import_module
@@ -11,6 +12,7 @@ from megatron_mile.config import ObjectiveConfig
 from megatron_mile.emo import CostRows
 from megatron_mile.linear import linear_token_loss
 from megatron_mile.loss import TokenLoss, reduce_loss, token_loss
+from megatron_mile.objective_file import load_objective
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,7 +22,9 @@ __all__ = [
     "attach",
     "install",
     "linear_token_loss",
+    "load_objective",
     "reduce_loss",
+    "set_token_weight",
     "token_loss",
     "uninstall",
     "wrap_forward_step",
@@ -30,7 +34,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import the Megatron side only when one of its names is asked for."""
     homes = {"install": "hook", "uninstall": "hook", "attach": "hook"}
-    home = {**homes, "wrap_forward_step": "forward"}.get(name)
+    homes |= {"wrap_forward_step": "forward", "set_token_weight": "forward"}
+    home = homes.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"megatron_mile.integration.{home}"), name)

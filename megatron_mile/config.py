@@ -31,7 +31,14 @@ def defining_settings(objective: str) -> list[str]:
     names = [setting.name for setting in definition.settings]
     names += [] if definition.weight is None else ["normalize"]
     names += [] if definition.weight_slope is None else ["entropy_grad"]
-    return names + ([] if definition.needs_cost else [*ADDED])
+    return names + [*taken_by(definition)]
+
+
+def taken_by(objective: Objective) -> tuple[str, ...]:
+    """Name what of `ADDED` an objective takes: smoothing is that of nll, so not of another value."""
+    if objective.needs_cost:
+        return ()
+    return tuple(ADDED) if objective.value is None else ("z_loss",)
 
 
 def _equation(objective: Objective) -> str:
@@ -91,10 +98,10 @@ _ADDED = (
     ),
 )
 ADDED = {setting.name: setting for setting in _ADDED}
-"""Settings of what is added to the loss of every objective without cost rows."""
+"""Settings of what is added to the loss, where the objective takes it."""
 # The default objective's own come before the common ones, those of the others behind them.
 _OWN = [setting for objective in OBJECTIVES.values() for setting in objective.settings]
-_SETTINGS = [*dict.fromkeys([_FIRST, *OBJECTIVES[_DEFAULT].settings, *_COMMON, *_OWN, *_ADDED])]
+SETTINGS = [*dict.fromkeys([_FIRST, *OBJECTIVES[_DEFAULT].settings, *_COMMON, *_OWN, *_ADDED])]
 
 
 def _field(setting: Setting) -> tuple[str, type, Any]:
@@ -111,7 +118,7 @@ def _field(setting: Setting) -> tuple[str, type, Any]:
 def _with_settings(base: type[T]) -> type[T]:
     """Return a frozen dataclass of the settings, with the methods of `base` and its docstring."""
     made = dataclasses.make_dataclass(
-        base.__name__, map(_field, _SETTINGS), bases=(base,), frozen=True
+        base.__name__, map(_field, SETTINGS), bases=(base,), frozen=True
     )
     made.__module__ = base.__module__
     texts = map(_attribute, dataclasses.fields(made))
@@ -149,7 +156,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         """Check every setting, then the objective's own together."""
-        for setting in _SETTINGS:
+        for setting in SETTINGS:
             value = _checked(setting, getattr(self, setting.name))
             object.__setattr__(self, setting.name, value)
         self._refuse_added()
@@ -160,12 +167,14 @@ class ObjectiveConfig:
 
     def _refuse_added(self) -> None:
         """Raise ValueError where something is added to an objective that takes nothing."""
-        given = [f"{name}={getattr(self, name):g}" for name in ADDED if getattr(self, name)]
-        if given and self.definition.needs_cost:
-            others = ", ".join(name for name, kind in OBJECTIVES.items() if not kind.needs_cost)
+        given = [name for name in ADDED if getattr(self, name)]
+        refused = [name for name in given if name not in taken_by(self.definition)]
+        if refused:
+            said = " and ".join(f"{name}={getattr(self, name):g}" for name in refused)
+            others = (x.name for x in OBJECTIVES.values() if set(given) <= set(taken_by(x)))
             raise ValueError(
-                f"{' and '.join(given)} with objective {self.objective}, which has neither label "
-                f"smoothing nor z-loss; leave it out, or use {others}"
+                f"{said} with objective {self.objective}, which takes no such term; leave it out, "
+                f"or use {', '.join(others)}"
             )
 
     @property
@@ -205,6 +214,8 @@ def _checked(setting: Setting, value: Any) -> Any:
     Raises:
         ValueError: It is of another kind, or out of range.
     """
+    if setting is _FIRST:  # which `load_objective` may have added to
+        return _name(setting.name, value, tuple(OBJECTIVES))
     if setting.choices is not None:
         return _name(setting.name, value, setting.choices)
     if isinstance(setting.default, bool):

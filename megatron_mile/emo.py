@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.nodes import SPENT, NodeSettings, first_order
+from megatron_mile.nodes import SPENT, NodeSettings, first_order, of_tokens
+from megatron_mile.objectives import Mix
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.blocks import Coefficients
 from megatron_mile.ops.emo.blocked import gradient_of_all, stats_of_all
@@ -182,6 +183,7 @@ def weigh_emo(
     config: ObjectiveConfig,
     shard: VocabShard,
     dtype: torch.dtype,
+    token_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss per token and the coefficients of this shard's gradient; one all_gather.
 
@@ -195,6 +197,7 @@ def weigh_emo(
         config: The objective.
         shard: What this rank has of the vocabulary.
         dtype: Of the fields.
+        token_weight: What multiplies the loss, [...]; None for 1.
 
     Returns:
         (loss, nll, entropy, weight, distance), [5, ...]; and the stacked coefficients, fp64
@@ -207,8 +210,12 @@ def weigh_emo(
     distance = cost / total
     mix = config.definition.mix
     assert mix is not None
-    loss, of_nll, of_distance = mix(nll, distance, **config.own)
-    fields = torch.stack([loss, nll, entropy, torch.ones_like(entropy), distance])
+    mixed, weight = mix(nll, distance, **config.own), torch.ones_like(entropy)
+    if token_weight is not None:
+        weight = of_tokens(token_weight)
+        mixed = Mix(*(weight * x for x in mixed))
+    loss, of_nll, of_distance = mixed
+    fields = torch.stack([loss, nll, entropy, weight, distance])
     flat, tilt = of_nll / total, of_distance / total
     peak = of_nll * torch.expm1(-nll) - of_distance * torch.exp(-nll) * distance
     shift = stats[0] - m
@@ -231,7 +238,7 @@ class EmoLoss(torch.autograd.Function):
         costs: TargetCosts,
     ) -> tuple[torch.Tensor, ...]:
         """Return (loss, nll, entropy, weight, valid, distance) of logits and targets."""
-        config, shard, inplace, ignore_index, _ = settings
+        config, shard, inplace, ignore_index, _, token_weight = settings
         ctx.set_materialize_grads(False)
         statistics, _ = dispatch.select(config.backend, logits.device, logits.dtype)
         ctx.implementation, ctx.per_token = dispatch.emo_beside(statistics), beside(statistics)
@@ -249,7 +256,7 @@ class EmoLoss(torch.autograd.Function):
             costs.scale[: shard.columns].to(dtype),
             ctx.kept[inside] if keeps else None,
         )
-        fields, coefficients = weigh_emo(stats, valid, config, shard, dtype)
+        fields, coefficients = weigh_emo(stats, valid, config, shard, dtype, token_weight)
         if inplace:
             # Whoever saved the logits must learn now, although the write waits for the backward.
             torch.autograd.graph.increment_version(logits)

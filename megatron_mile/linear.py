@@ -18,7 +18,7 @@ import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import TokenLoss, as_token_loss, check_dtypes, scale, weigh_shard
-from megatron_mile.nodes import Inputs, first_order
+from megatron_mile.nodes import Inputs, check_token_weight, first_order
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.per_token import beside
 from megatron_mile.parallel import ProcessGroup, group_size
@@ -40,6 +40,7 @@ class _Settings(NamedTuple):
     sequence_parallel: bool
     ignore_index: int
     inputs: Inputs
+    token_weight: torch.Tensor | None
 
 
 def linear_token_loss(
@@ -55,6 +56,7 @@ def linear_token_loss(
     sequence_parallel: bool = False,
     gradient_accumulation_fusion: bool = False,
     inputs: Inputs | None = None,
+    token_weight: torch.Tensor | None = None,
 ) -> TokenLoss:
     """Return `token_loss(hidden @ weight.T, targets, ...)` without holding all the logits.
 
@@ -80,6 +82,7 @@ def linear_token_loss(
             is one, as Megatron's flag of that name does; `weight.grad` is then a placeholder for
             its hooks.
         inputs: As in `token_loss`.
+        token_weight: As in `token_loss`, of all tokens.
 
     Raises:
         ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, or the objective
@@ -88,14 +91,18 @@ def linear_token_loss(
     if config.definition.needs_cost:
         raise ValueError(f"objective {config.objective} has no form without logits; use token_loss")
     _check_tensors(hidden, weight, targets, group_size(tp_group) if sequence_parallel else 1)
+    check_token_weight(token_weight, targets)
     if chunk_tokens is None:
         chunk_tokens = block_tokens(weight.size(0), weight.itemsize, weight.device)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; expected 1 or more")
     shard = VocabShard.of(weight.size(0), vocab_range, tp_group, vocab_size)
-    settings = _Settings(config, shard, chunk_tokens, sequence_parallel, ignore_index, inputs or {})
+    settings = _Settings(
+        config, shard, chunk_tokens, sequence_parallel, ignore_index, inputs or {}, token_weight
+    )
     main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
-    return as_token_loss(_LinearLoss.apply(hidden, weight, targets, settings, main_grad))
+    out = as_token_loss(_LinearLoss.apply(hidden, weight, targets, settings, main_grad))
+    return out._replace(token_weight=token_weight)
 
 
 def block_bytes(device: torch.device) -> int:
@@ -141,7 +148,7 @@ class _LinearLoss(torch.autograd.Function):
             part = ctx.implementation.token_stats(logits, flat_targets[block], wanted=wanted)
             stats.view(wanted.number, -1)[:, block] = part
         fields, coefficients = weigh_shard(
-            ctx.per_token, stats, valid, config, shard, settings.inputs
+            ctx.per_token, stats, valid, config, shard, settings.inputs, settings.token_weight
         )
         ctx.save_for_backward(hidden, weight, local, stats[0], coefficients)
         loss, nll, entropy, weights, *z_loss = fields.unbind()

@@ -18,7 +18,14 @@ import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.emo import CostRows, EmoLoss, TargetCosts
-from megatron_mile.nodes import SPENT, Inputs, NodeSettings, first_order
+from megatron_mile.nodes import (
+    SPENT,
+    Inputs,
+    NodeSettings,
+    check_token_weight,
+    first_order,
+    of_tokens,
+)
 from megatron_mile.objectives import NEED_COST
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.blocks import Coefficients
@@ -36,14 +43,14 @@ class TokenLoss(NamedTuple):
     """
 
     loss: torch.Tensor
-    """w * nll, not normalised, of the smoothed nll with label smoothing; for emo the sum that its
-    mode makes of nll and distance."""
+    """w * nll, not normalised, of the smoothed nll with label smoothing; for power its value; for
+    emo the sum that its mode makes of nll and distance."""
     nll: torch.Tensor
     """Plain cross-entropy -ln p_y, nats."""
     entropy: torch.Tensor
     """H = -sum_j p_j ln p_j, nats."""
     weight: torch.Tensor
-    """w; 1 for emo."""
+    """w, times the token's own weight if it has one; w is 1 for emo."""
     valid: torch.Tensor
     """bool: the target is not ignore_index."""
     emo: torch.Tensor | None = None
@@ -51,6 +58,12 @@ class TokenLoss(NamedTuple):
     z_loss: torch.Tensor | None = None
     """c (ln sum_k e^z_k)^2 with the setting `z_loss` as c, which is added to the normalised loss;
     None where that is 0."""
+    token_weight: torch.Tensor | None = None
+    """Weights of tokens as they were given, which `weight` and `loss` contain; else None."""
+
+    def alpha_mode(self, config: ObjectiveConfig) -> str:
+        """How alpha is formed: as `config` says, but not none for weights of tokens alone."""
+        return config.alpha_mode if self.token_weight is None else config.normalize
 
 
 def token_loss(
@@ -64,6 +77,7 @@ def token_loss(
     vocab_size: int | None = None,
     cost: CostRows | TargetCosts | None = None,
     inputs: Inputs | None = None,
+    token_weight: torch.Tensor | None = None,
 ) -> TokenLoss:
     """Return the loss of every token: w(nll, H) * nll, or EMO's; and its z-loss.
 
@@ -94,25 +108,26 @@ def token_loss(
             logits, and the backward makes them again.
         inputs: What the objective's functions take by name in place of its settings or beside them,
             on the logits' device and without a gradient: 0-d, or a number per token, [...].
+        token_weight: Factors >= 0 of the tokens' weights and losses, [...], real or bool, without a
+            gradient; ce and emo have an alpha with them. alpha contains them, so that only their
+            ratios count unless `normalize` is none. A negative one makes its token's loss NaN.
 
     Raises:
         ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, the logits overlap
             in memory and `inplace` is set, or the objective lacks a cost or has none.
     """
     _check_tensors(logits, targets)
+    check_token_weight(token_weight, targets)
     _check_cost(logits, targets, config, cost)
-    if inplace and _overlaps(logits):
-        raise ValueError(
-            f"inplace=True with logits that overlap in memory (strides {tuple(logits.stride())}); "
-            "pass inplace=False or logits.contiguous()"
-        )
+    _refuse_overlap(logits, inplace)
     shard = VocabShard.of(logits.size(-1), vocab_range, tp_group, vocab_size)
-    settings = NodeSettings(config, shard, inplace, ignore_index, inputs or {})
+    settings = NodeSettings(config, shard, inplace, ignore_index, inputs or {}, token_weight)
     if cost is None:
-        return as_token_loss(_WeightedLoss.apply(logits, targets, settings))
-    if isinstance(cost, CostRows):
-        cost = cost.fetch(targets, tp_group, vocab_range)
-    return TokenLoss(*EmoLoss.apply(logits, targets, settings, cost))
+        out = as_token_loss(_WeightedLoss.apply(logits, targets, settings))
+    else:
+        rows = cost.fetch(targets, tp_group, vocab_range) if isinstance(cost, CostRows) else cost
+        out = TokenLoss(*EmoLoss.apply(logits, targets, settings, rows))
+    return out._replace(token_weight=token_weight)
 
 
 def reduce_loss(
@@ -126,7 +141,7 @@ def reduce_loss(
         out: What `token_loss` returned.
         mask: Loss mask >= 0, shape of out.loss, any real or bool dtype. Tokens with mask 0
             contribute and receive exactly 0, even where their loss is NaN.
-        config: The objective; `config.alpha_mode` says how alpha is formed.
+        config: The objective; `out.alpha_mode(config)` says how alpha is formed.
         group: Ranks over which alpha is formed (data x context parallel); None for this rank alone.
 
     Returns:
@@ -141,7 +156,7 @@ def reduce_loss(
             f"mask is {mask.dtype} {tuple(mask.shape)}; expected a real or bool tensor of the "
             f"loss's shape {tuple(out.loss.shape)}"
         )
-    alpha = normaliser(out.weight, mask * out.valid, config.alpha_mode, group)
+    alpha = normaliser(out.weight, mask * out.valid, out.alpha_mode(config), group)
     count = mask.double().sum()
     count = torch.where(count == 0, 1, count)
     total = alpha * (masked(out.loss, mask).sum() / count)
@@ -158,7 +173,7 @@ class _WeightedLoss(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, settings: NodeSettings
     ) -> tuple[torch.Tensor, ...]:
         """Return (loss, nll, entropy, weight, valid), and the z-loss if there is one."""
-        config, shard, inplace, ignore_index, inputs = settings
+        config, shard, inplace, ignore_index, inputs, token_weight = settings
         ctx.set_materialize_grads(False)
         ctx.implementation, _ = dispatch.select(config.backend, logits.device, logits.dtype)
         ctx.per_token = beside(ctx.implementation)
@@ -168,7 +183,9 @@ class _WeightedLoss(torch.autograd.Function):
         local, valid = ctx.per_token.locate(targets, shard.start, shard.end, ignore_index)
         inside = logits[..., : shard.columns]
         stats = ctx.implementation.token_stats(inside, local, ctx.consumed, config.wanted)
-        fields, coefficients = weigh_shard(ctx.per_token, stats, valid, config, shard, inputs)
+        fields, coefficients = weigh_shard(
+            ctx.per_token, stats, valid, config, shard, inputs, token_weight
+        )
         if inplace:
             # Whoever saved the logits must learn now, also if the write waits for the backward.
             torch.autograd.graph.increment_version(logits)
@@ -235,6 +252,7 @@ def weigh_shard(
     config: ObjectiveConfig,
     shard: VocabShard,
     inputs: Inputs,
+    token_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss per token and the coefficients of this shard's gradient; one all_gather.
 
@@ -245,6 +263,7 @@ def weigh_shard(
         config: The objective.
         shard: What this rank has of the vocabulary.
         inputs: As in `token_loss`.
+        token_weight: As in `token_loss`.
 
     Returns:
         (loss, nll, entropy, weight) and the z-loss if there is one, [4 or 5, ...] in the dtype of
@@ -252,12 +271,16 @@ def weigh_shard(
     """
     joined = per_token.join(gather_stats(stats, shard.group), config.wanted)
     nll, entropy = joined[4:6]
-    functions = (config.definition.weight, config.entropy_slope)
+    functions = (config.definition.weight, config.entropy_slope, config.definition.value)
     given = {**config.own, **inputs}
     if config.definition.needs_squares:
         given["squares"] = joined[-1]
-    weight, slope = (f if f is None else f(nll, entropy, **given) for f in functions)
-    return per_token.weigh(joined, stats[0], weight, slope, valid, config.extras)
+    weight, slope, value = (f if f is None else f(nll, entropy, **given) for f in functions)
+    if token_weight is not None:
+        factor = of_tokens(token_weight)
+        slope, value = (x if x is None else x * factor for x in (slope, value))
+        weight = factor if weight is None else weight * factor
+    return per_token.weigh(joined, stats[0], weight, slope, valid, config.extras, value)
 
 
 def check_dtypes(name: str, values: torch.Tensor, targets: torch.Tensor) -> None:
@@ -302,6 +325,15 @@ def _check_cost(
         raise ValueError(
             f"cost has {len(cost.rows)} rows on {cost.rows.device} for {logits.size(-1)} columns "
             f"of logits on {logits.device}; expected one for each, on the same device"
+        )
+
+
+def _refuse_overlap(logits: torch.Tensor, inplace: bool) -> None:
+    """Raise ValueError where a gradient written over the logits would overwrite itself."""
+    if inplace and _overlaps(logits):
+        raise ValueError(
+            f"inplace=True with logits that overlap in memory (strides {tuple(logits.stride())}); "
+            "pass inplace=False or logits.contiguous()"
         )
 
 

@@ -29,6 +29,29 @@ class NodeSettings(NamedTuple):
     inplace: bool
     ignore_index: int
     inputs: Inputs
+    token_weight: torch.Tensor | None = None
+
+
+def check_token_weight(token_weight: torch.Tensor | None, targets: torch.Tensor) -> None:
+    """Raise ValueError unless weights of tokens, if there are any, fit the targets."""
+    if token_weight is None:
+        return
+    if (
+        token_weight.shape != targets.shape
+        or token_weight.is_complex()
+        or token_weight.device != targets.device
+    ):
+        raise ValueError(
+            f"token_weight is {token_weight.dtype} {tuple(token_weight.shape)} on "
+            f"{token_weight.device}; expected real numbers of the targets' shape "
+            f"{tuple(targets.shape)} on {targets.device}"
+        )
+
+
+def of_tokens(token_weight: torch.Tensor) -> torch.Tensor:
+    """Return weights of tokens as factors, fp64 [...]: NaN where they are negative."""
+    wide = token_weight.detach().double()
+    return wide.masked_fill(wide < 0, torch.nan)
 
 
 def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.errors import MileError
+from megatron_mile.objective_file import FORM, load_objective
 from megatron_mile.objectives import NEED_COST, OBJECTIVES
 
 Namespace = argparse.Namespace
@@ -27,10 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         options: dict[str, Any] = {"default": setting.default, "help": setting.metadata["help"]}
         choices = setting.metadata.get("choices")
         if setting.name == "objective":
-            choices = (NO_OBJECTIVE, *OBJECTIVES)
-            options["default"] = NO_OBJECTIVE
-            options["help"] = "none leaves the host's own loss untouched; " + options["help"]
-        if isinstance(setting.default, bool):
+            choices = None
+            options |= {"default": NO_OBJECTIVE, "type": objective_name, "metavar": "OBJECTIVE"}
+            options["help"] = (
+                f"none leaves the host's own loss untouched; {options['help']}; or {FORM}, an "
+                "objective of your own in a Python file, which is run"
+            )
+        elif isinstance(setting.default, bool):
             options["action"] = "store_true"
         elif choices:
             options["choices"] = choices
@@ -74,6 +78,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "machine without a GPU (default False)",
     )
     return parser
+
+
+def objective_name(word: str) -> str:
+    """Return the name of the objective that a command line asks for; a file is run.
+
+    Raises:
+        MileError: There is no such objective, or the file has none.
+    """
+    if word == NO_OBJECTIVE or word in OBJECTIVES:
+        return word
+    if not (":" in word or word.endswith(".py")):
+        names = ", ".join((NO_OBJECTIVE, *OBJECTIVES))
+        raise MileError(f"--mile-objective {word!r}: expected one of {names}, or {FORM}")
+    try:
+        return load_objective(word)
+    except ValueError as error:
+        raise MileError(f"--mile-objective: {error}") from error
 
 
 def given(argv: Sequence[str]) -> list[str]:
@@ -122,9 +143,10 @@ def config_from_namespace(namespace: Namespace) -> ObjectiveConfig | None:
 def _refuse_combination(config: ObjectiveConfig, flags: set[str]) -> None:
     """Stop a job whose flags do not fit its objective."""
     objective = config.objective
+    own = {_flag(setting.name) for setting in config.definition.settings}
     check_objective(config, FUSED_FLAG in flags)
     for other in OBJECTIVES:
-        unused = sorted(flag for flag in flags if flag.startswith(_flag(other) + "-"))
+        unused = sorted(flag for flag in flags - own if flag.startswith(_flag(other) + "-"))
         if unused and other != objective:
             raise MileError(
                 f"{', '.join(unused)} with --mile-objective {objective}, but only {other} has it; "

@@ -64,7 +64,8 @@ def _resumed_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
         settings |= {name: setting.default for name, setting in ADDED.items()}
     mask = is_ours and stored.get("mile_mask_padded_vocab", False)
     cost = stored.get("mile_emo_cost_digest") or OUTPUT_LAYER
-    return {**settings, "mask_padded_vocab": mask, "emo_cost": cost}
+    file = (stored.get("mile_objective_sha256") or "none")[:12]
+    return {**settings, "mask_padded_vocab": mask, "emo_cost": cost, "objective_file": file}
 
 
 def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -80,6 +81,6 @@ def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> l
         names = defining_settings(objective) + ["emo_cost"] * (objective in NEED_COST)
     return [
         f"{name} {before[name]} -> {now[name]}"
-        for name in (*names, "mask_padded_vocab")
+        for name in (*names, "objective_file", "mask_padded_vocab")
         if before[name] != now[name]
     ]

@@ -27,6 +27,7 @@ from megatron_mile.integration.models import data_group, installed_config, unwra
 from megatron_mile.integration.refusals import refuse_unequal_microbatches
 from megatron_mile.integration.telemetry import OWN_FIGURES, Z_FIGURES, report_with_objective
 from megatron_mile.loss import TokenLoss
+from megatron_mile.nodes import check_token_weight
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.per_token import beside
 from megatron_mile.parallel import ProcessGroup
@@ -113,6 +114,25 @@ class Window:
         """Losses computed so far, those of multi-token-prediction heads included."""
         self.trained: TrainedLoss | None = None
         self.normalised = Normalised()
+        self.token_weight: torch.Tensor | None = None
+        """Weights [b, s] that the step has for its tokens, until the hook takes them."""
+
+    def take_token_weight(self, labels: torch.Tensor) -> torch.Tensor | None:
+        """Take the weights of this step's tokens, once, if they fit the labels [b, s]."""
+        weight, self.token_weight = self.token_weight, None
+        try:
+            check_token_weight(weight, labels)
+        except ValueError as error:
+            raise MileError(f"set_token_weight: {error}") from error
+        return weight
+
+    def refuse_unused_weight(self) -> None:
+        """Stop where weights were set for a step that is run by another one inside it."""
+        if self.token_weight is not None:
+            raise MileError(
+                "set_token_weight was called in a forward step whose model ran in another one "
+                "inside it, so that its weights are unused; call it in the inner one"
+            )
 
     def put(self, stats: TokenLoss, config: ObjectiveConfig) -> torch.Tensor:
         """Leave the statistics of this step's one main loss; returns the model's loss [b, s]."""
@@ -183,6 +203,34 @@ def current_window() -> Window | None:
     return _current
 
 
+def set_token_weight(weights: torch.Tensor) -> None:
+    """Give the tokens of the running forward step weights of their own, before it calls the model.
+
+    They multiply the weight of each token, and so its loss, in training; see `token_loss`. In a
+    step all data- and context-parallel ranks must set some, or none. Evaluation ignores them.
+
+    Args:
+        weights: >= 0, [b, s] as the labels, with context parallelism this rank's part; real or
+            bool, on the labels' device. Pipeline stages without a loss do nothing with them.
+
+    Raises:
+        MileError: No forward step that `wrap_forward_step` has wrapped is running, it has weights
+            already, or its model has computed its loss.
+    """
+    if _current is None:
+        raise MileError(
+            "set_token_weight was called outside a forward step that megatron_mile has wrapped; "
+            "call it in forward_step, before the model"
+        )
+    if _current.trained is not None:
+        raise MileError(
+            "set_token_weight was called after the model had computed its loss; call it before"
+        )
+    if _current.token_weight is not None:
+        raise MileError("set_token_weight was called twice in one forward step; call it once")
+    _current.token_weight = weights
+
+
 @contextlib.contextmanager
 def _open_window() -> Iterator[Window]:
     """Open the window of one forward step, which may run inside another."""
@@ -225,7 +273,10 @@ def wrap_forward_step(
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         with _open_window() as window:
             output, loss_func = forward_step(*args, **kwargs)
-        if loss_func is None or _is_wrapped(loss_func, config):
+        if loss_func is None:
+            return output, loss_func
+        if _is_wrapped(loss_func, config):
+            window.refuse_unused_weight()
             return output, loss_func
         model = _model_among(signature.bind(*args, **kwargs))
         return output, functools.partial(reduction, loss_func, window, model)
@@ -299,10 +350,11 @@ class _Reduction:
         mask = share if largest_share is None else share / largest_share
         sums = _sums(self.config, stats, mask)
         mask_sum, weights, losses, entropies, *others, broken, negative = sums
-        group = _alpha_group(model, self.config.alpha_mode)
-        waiting = start_normaliser(sums[:2], self.config.alpha_mode, group)
+        mode = stats.alpha_mode(self.config)
+        waiting = start_normaliser(sums[:2], mode, _alpha_group(model, mode))
         if not self.checked:
             _refuse_broken(broken, negative)
+            _refuse_negative(stats.token_weight)
             self.checked = True
         has_other_leaves = _has_other_leaves(loss, probe)
         # Only now, because the ranks meet here. A later step in which something is broken ends in
@@ -420,6 +472,12 @@ def _refuse_broken(broken: torch.Tensor, negative: torch.Tensor) -> None:
             "a token that the loss function counts has no target: its label is -100 or outside "
             "the vocabulary; give such tokens loss mask 0"
         )
+
+
+def _refuse_negative(token_weight: torch.Tensor | None) -> None:
+    """Say once, in the first step, what later makes the loss NaN."""
+    if token_weight is not None and not (token_weight >= 0).all():
+        raise MileError("set_token_weight: a weight is negative or NaN; expected weights >= 0")
 
 
 def _alpha_group(model: Any, normalize: str) -> ProcessGroup | None:

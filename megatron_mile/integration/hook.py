@@ -157,16 +157,26 @@ class _MainLoss(NamedTuple):
     inputs: InputsOf | None
 
     def stats(
-        self, model: Any, labels: torch.Tensor, logits: torch.Tensor | DeferredLogits
+        self,
+        model: Any,
+        labels: torch.Tensor,
+        logits: torch.Tensor | DeferredLogits,
+        weight: torch.Tensor | None,
     ) -> TokenLoss:
-        """Return the loss per token, fields [b, s], of labels [b, s] and logits [s, b, V/tp]."""
+        """Return the loss per token, fields [b, s], of labels [b, s] and logits [s, b, V/tp].
+
+        `weight` [b, s] is what `set_token_weight` was given.
+        """
         group = tp_group(model)
         shape = logits.shape(group) if isinstance(logits, DeferredLogits) else tuple(logits.shape)
         check_shard(model, labels, shape, group)
         given = self.inputs(labels) if self.inputs else {}
         turned = {name: x.t() if x.dim() else x for name, x in given.items()}
+        weight_turned = weight if weight is None else weight.t()
         if isinstance(logits, DeferredLogits):
-            stats = logits.loss(labels.t(), self.config, group, self.vocab_size, turned)
+            stats = logits.loss(
+                labels.t(), self.config, group, self.vocab_size, turned, weight_turned
+            )
             return _turned(stats)
         loss = functools.partial(
             token_loss, config=self.config, tp_group=group, vocab_size=self.vocab_size
@@ -174,12 +184,12 @@ class _MainLoss(NamedTuple):
         if self.config.definition.needs_cost:
             cost = self.rows(model, labels) if self.rows else output_rows(model)
             # Not in place: products are kept where the gradient will lie, or would be made twice.
-            return _turned(loss(logits, labels.t(), cost=cost))
+            return _turned(loss(logits, labels.t(), cost=cost, token_weight=weight_turned))
         loss = functools.partial(loss, inplace=not logits_are_read(model))
         if logits.device.type == "cpu":  # which is faster on rows in the order they lie in
-            return _turned(loss(logits, labels.t(), inputs=turned))
+            return _turned(loss(logits, labels.t(), inputs=turned, token_weight=weight_turned))
         # Nothing per token needs to be turned, which would be a launch for each field.
-        return loss(logits.transpose(0, 1), labels, inputs=given)
+        return loss(logits.transpose(0, 1), labels, inputs=given, token_weight=weight)
 
 
 def _make_hook(
@@ -199,9 +209,11 @@ def _make_hook(
 
         In training with the gradient of the weighted loss.
         """
-        if not differentiated(logits):
-            return host(self, labels, logits)
         window = current_window()
+        if not differentiated(logits):
+            if window is not None:
+                window.token_weight = None  # evaluation has no weights
+            return host(self, labels, logits)
         if window is None and models.mtp_heads(self):
             raise MileError(
                 "a model with multi-token prediction needs its forward_step wrapped, so that its "
@@ -211,7 +223,8 @@ def _make_hook(
         window.calls += 1
         if window.calls <= models.mtp_heads(self):
             return host(self, labels, logits)
-        return window.put(main_loss.stats(self, labels, logits), config)
+        weight = window.take_token_weight(labels)
+        return window.put(main_loss.stats(self, labels, logits, weight), config)
 
     compute_language_model_loss.__wrapped__ = host  # type: ignore[attr-defined]
     compute_language_model_loss.__megatron_mile__ = config  # type: ignore[attr-defined]

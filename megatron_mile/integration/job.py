@@ -34,6 +34,7 @@ from megatron_mile.integration.refusals import (
 )
 from megatron_mile.integration.telemetry import alpha_scope, describe, start_block
 from megatron_mile.linear import block_bytes, block_tokens
+from megatron_mile.objective_file import SOURCES
 from megatron_mile.ops import dispatch
 from megatron_mile.run_record.record import with_record
 
@@ -113,6 +114,8 @@ def _with_checks(
         from megatron.training import get_args, print_rank_0
 
         refuse_settings(get_args(), config)
+        if source := SOURCES.get(get_args().mile_objective):
+            get_args().mile_objective_sha256 = source.sha256  # stored with the checkpoint
         matrix = _read_cost(get_args())
         built = host(*args, **kwargs)
         if config is not None:
@@ -176,6 +179,7 @@ def _objective_lines(
     fused = f"with the loss, up to {block} at a time in training"
     return [
         ("objective", describe(config)),
+        *_source_lines(config),
         ("alpha", alpha_scope(vars(args), config.alpha_mode)),
         *_cost_lines(args, config),
         ("backend", dispatch.select(config.backend, device)[1]),
@@ -188,6 +192,12 @@ def _objective_lines(
             "pretrain, setup_model_and_optimizer, check_checkpoint_args",
         ),
     ]
+
+
+def _source_lines(config: ObjectiveConfig) -> list[tuple[str, str]]:
+    """Say where an objective of the user's own comes from."""
+    source = SOURCES.get(config.objective)
+    return [("source", f"{source.word}, sha256 {source.sha256[:12]}")] if source else []
 
 
 def _cost_lines(args: Namespace, config: ObjectiveConfig) -> list[tuple[str, str]]:

@@ -69,6 +69,9 @@ class Objective:
     """(nll, H, settings) -> w; None where it is 1 for every token, so that alpha is 1 too."""
     weight_slope: Callable[..., torch.Tensor] | None = None
     """(nll, H, settings) -> dw/dH; None where the weight does not contain the entropy."""
+    value: Callable[..., torch.Tensor] | None = None
+    """(nll, H, settings) -> the loss of a token, whose slope in nll is w; None where it is w * nll
+    with w held constant. Not beside a slope, which is that of w * nll."""
     check: Callable[..., None] | None = None
     """(settings) -> None; raises ValueError where fp32 cannot hold a weight or many of them."""
     check_slope: Callable[..., None] | None = None

@@ -24,6 +24,7 @@ import torch
 import megatron_mile
 from megatron_mile.errors import MileError
 from megatron_mile.integration.arguments import Namespace
+from megatron_mile.objective_file import SOURCES
 from megatron_mile.run_record.data import data_of
 
 RECORD = "run_record.json"
@@ -130,6 +131,7 @@ def describe_start(args: Namespace) -> dict[str, Any]:
     """What it takes to do this start again."""
     import megatron.core
 
+    source = SOURCES.get(getattr(args, "mile_objective", ""))
     gpu = torch.cuda.get_device_name() if torch.version.cuda and torch.cuda.is_available() else None
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -150,6 +152,7 @@ def describe_start(args: Namespace) -> dict[str, Any]:
             "megatron-core": git_state(megatron.core.__file__),
             "megatron-mile": git_state(__file__, "megatron_mile") or noted_commit(),
         },
+        "objective_file": source and source._asdict(),
         "data": args.mile_data,
     }
 

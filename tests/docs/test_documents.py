@@ -114,7 +114,7 @@ def test_tree_is_there(name: str) -> None:
 
 
 def test_the_objective_of_the_design_is_one_file(tmp_path: Path) -> None:
-    (block,) = blocks(text_of("docs/design.md"), "python")
+    block, _ = blocks(text_of("docs/design.md"), "python")  # the other: test_objective_file.py
     shutil.copytree(ROOT / "megatron_mile", tmp_path / "megatron_mile")
     (tmp_path / "megatron_mile" / "objectives" / "linear.py").write_text(block)
     code = """

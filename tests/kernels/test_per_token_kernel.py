@@ -105,17 +105,19 @@ def test_join_keeps_the_shape_of_the_tokens() -> None:
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("sloped", [False, True])
+@pytest.mark.parametrize("valued", [False, True])
 @pytest.mark.parametrize("extras", EXTRAS)
 def test_weigh_repeats_plain_torch(
-    extras: Extras, weighted: bool, sloped: bool, tokens: int
+    extras: Extras, valued: bool, weighted: bool, sloped: bool, tokens: int
 ) -> None:
     wanted = Wanted(shifts=extras.smoothing > 0)
     shards = shards_of(2, tokens, wanted)
     joined, maxima = reference.join(shards, wanted), shards[1, 0]
     weight = (1 + joined[5]).pow(1.7) if weighted else None
     slope = 1.7 * (1 + joined[5]).pow(0.7) if sloped else None
+    value = torch.expm1(-0.3 * joined[4]) / -0.3 if valued else None
     valid = torch.rand(tokens, device=DEVICE) > 0.2
-    given = (joined, maxima, weight, slope, valid, extras)
+    given = (joined, maxima, weight, slope, valid, extras, value)
     for ours, truth, tolerance in zip(
         kernel.weigh(*given), reference.weigh(*given), (SINGLE, EXACT), strict=True
     ):
@@ -216,14 +218,15 @@ from triton.compiler import ASTSource
 from megatron_mile.ops.per_token import kernel
 
 POINTERS = {"targets": "i64", "local": "i64", "valid": "i1", "joined": "fp64", "weights": "fp64"}
-POINTERS |= {"slopes": "fp64", "stacked": "fp64", "sums": "fp64"}
+POINTERS |= {"slopes": "fp64", "values": "fp64", "stacked": "fp64", "sums": "fp64"}
 NUMBERS = {"rows": "i32", "start": "i32", "end": "i32", "ignore_index": "i32"}
+WEIGH = {"WEIGHTED": True, "SLOPED": True, "VALUED": True, "SMOOTHING": 0.0, "Z_LOSS": 0.0}
 VARIANTS = [
     (kernel.locate_kernel, {}),
     (kernel.join_kernel, {"SHARDS": 8, "SHIFTS": False, "SQUARES": False}),
     (kernel.join_kernel, {"SHARDS": 8, "SHIFTS": True, "SQUARES": True}),
-    (kernel.weigh_kernel, {"WEIGHTED": True, "SLOPED": True, "SMOOTHING": 0.0, "Z_LOSS": 0.0}),
-    (kernel.weigh_kernel, {"WEIGHTED": True, "SLOPED": True, "SMOOTHING": 0.1, "Z_LOSS": 1e-4}),
+    (kernel.weigh_kernel, WEIGH),
+    (kernel.weigh_kernel, {**WEIGH, "SMOOTHING": 0.1, "Z_LOSS": 1e-4}),
     (kernel.scale_kernel, {"NUMBER": 3, "Z_LOSS": False}),
     (kernel.scale_kernel, {"NUMBER": 4, "Z_LOSS": True}),
     (kernel.sums_kernel, {"NUMBER": 4}),

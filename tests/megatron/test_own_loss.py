@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.training_runs import JOBS, MILE, TP1, Run, TrainingRuns, furthest, mile_errors
+from support.training_runs import JOBS, MILE, TP1, TP2, Run, TrainingRuns, furthest, mile_errors
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +25,21 @@ def test_every_kind_trains_as_the_usual_one(runs: TrainingRuns, kind: str) -> No
     for figure in FIGURES:
         assert len(other[figure]) == 3
         assert furthest(other[figure], usual[figure]) <= SAME, figure
+
+
+# "mile loss" is per token that counts, so that it is the same mean.
+@pytest.mark.parametrize("layout", [TP1, TP2], ids=["dp2", "tp2"])
+@pytest.mark.parametrize("objective", ["mile", "ce"])
+def test_weights_of_tokens_of_0_and_1_train_as_a_mask(
+    runs: TrainingRuns, layout: str, objective: str
+) -> None:
+    flags = (layout, f"--mile-objective {objective}")
+    masked, weighted = job(runs, "position", *flags), job(runs, "weighted", *flags)
+    assert weighted.code == 0, weighted.logs[-1][-2000:]
+    for figure in ("mile loss", "grad-norm"):
+        assert len(weighted[figure]) == 3
+        assert furthest(weighted[figure], masked[figure]) <= SAME, figure
+    assert furthest(weighted["lm loss"], masked["lm loss"]) > 1e-4
 
 
 def test_a_rank_without_tokens_has_no_part_in_official(runs: TrainingRuns) -> None:

@@ -31,11 +31,19 @@ WEIGHTS: dict[str, Callable[..., torch.Tensor]] = {
     "mile": lambda nll, entropy, config: (config.sigma + entropy) ** config.gamma,
     "focal": lambda nll, entropy, config: (1 - torch.exp(-nll)).clamp(min=0) ** config.gamma,
     "deft": lambda nll, entropy, config, squares: torch.exp(-nll) ** squares,
+    "dft": lambda nll, entropy, _: torch.exp(-nll),
+    "eaft": lambda nll, entropy, config: (entropy / config.eaft_scale) ** config.eaft_exponent,
+    "power": lambda nll, entropy, config: torch.exp(-nll) ** config.power_q,
+}
+# The loss of those whose loss is not w * nll, which is differentiated as it stands.
+VALUES: dict[str, Callable[[torch.Tensor, ObjectiveConfig], torch.Tensor]] = {
+    "power": lambda nll, config: (1 - torch.exp(-nll) ** config.power_q) / config.power_q,
 }
 # Those of the library whose loss is a weight times nll: each must have its equation above.
 WEIGHTED = [name for name, objective in OBJECTIVES.items() if not objective.needs_cost]
 # Where powers have a kink or amplify, and where nothing safeguards them.
 _DELICATE = {"gamma": (0, 0.5, 1, 2, 5), "sigma": (0, 1)}
+_DELICATE |= {"eaft_scale": (1, 3), "eaft_exponent": (0, 0.5, 1, 2), "power_q": (0.1, 1, 10)}
 
 
 def variations(objective: str, **common: Any) -> list[ObjectiveConfig]:
@@ -56,7 +64,7 @@ def weighted_configs(**common: Any) -> dict[str, ObjectiveConfig]:
     configs = {name: ObjectiveConfig(name, gamma=gammas[name], **common) for name in WEIGHTED}
     for name in WEIGHTED:
         if OBJECTIVES[name].weight_slope is not None:
-            config = ObjectiveConfig(name, gamma=2, entropy_grad=True, **common)
+            config = ObjectiveConfig(name, gamma=2, eaft_exponent=2, entropy_grad=True, **common)
             configs[f"{name} through entropy"] = config
     return configs
 
@@ -110,6 +118,8 @@ def oracle(
     if eps:
         smoothed = (1 - eps) * nll - eps * log_p.mean(-1)
     loss = (weight if config.entropy_grad else weight.detach()) * smoothed
+    if config.objective in VALUES:
+        loss = VALUES[config.objective](nll, config)
     total = loss + true_z_loss(z, config) if config.z_loss else loss
     upstream = torch.ones_like(loss) if upstream is None else upstream.double()
     (grad,) = torch.autograd.grad(total[known], z, upstream[known], materialize_grads=True)

@@ -16,9 +16,12 @@ FLAGS = {
     "--mile-normalize": "global",
     "--mile-entropy-grad": False,
     "--mile-backend": "auto",
+    "--mile-eaft-scale": 3.0,
+    "--mile-eaft-exponent": 1.0,
     "--mile-emo-mode": "1",
     "--mile-emo-gt-q": False,
     "--mile-emo-cap": 0.0,
+    "--mile-power-q": 1.0,
     "--mile-label-smoothing": 0.0,
     "--mile-z-loss": 0.0,
     "--mile-mask-padded-vocab": False,
@@ -55,6 +58,9 @@ def test_help_of_each_flag_gives_default_and_of_numbers_unit_and_range() -> None
         ("ce", []),
         ("mile", ["gamma", "sigma", "normalize", "entropy_grad"]),
         ("focal", ["gamma", "normalize"]),
+        ("dft", ["normalize"]),
+        ("eaft", ["normalize", "entropy_grad", "eaft_scale", "eaft_exponent"]),
+        ("power", ["normalize", "power_q"]),
         ("emo", ["emo_mode", "emo_gt_q", "emo_cap"]),
     ],
 )
@@ -63,6 +69,7 @@ def test_changed_settings_are_those_that_define_the_objective(
 ) -> None:
     others: dict[str, Any] = {"gamma": 3.0, "sigma": 0.5, "normalize": "local"}
     others |= {"entropy_grad": True, "backend": "torch"}
+    others |= {"eaft_scale": 2.0, "eaft_exponent": 2.0, "power_q": 0.5}
     others |= {"emo_mode": "2", "emo_gt_q": True, "emo_cap": 3.0}
     stored = {"mile_objective": objective}
     found = [

@@ -21,9 +21,12 @@ def test_config_has_its_fields_in_order_with_the_papers_setting() -> None:
         ("normalize", "global"),
         ("entropy_grad", False),
         ("backend", "auto"),
+        ("eaft_scale", 3.0),
+        ("eaft_exponent", 1.0),
         ("emo_mode", "1"),
         ("emo_gt_q", False),
         ("emo_cap", 0.0),
+        ("power_q", 1.0),
         ("label_smoothing", 0.0),
         ("z_loss", 0.0),
     ]
@@ -91,11 +94,18 @@ def test_a_number_may_have_to_stay_below_its_bound() -> None:
     assert ObjectiveConfig(label_smoothing=1 - 2**-53).label_smoothing < 1
 
 
-def test_config_refuses_what_emo_has_not() -> None:
-    with pytest.raises(ValueError, match="^z_loss=0.1 with objective emo, which has neither"):
+def test_config_refuses_what_an_objective_does_not_take() -> None:
+    with pytest.raises(ValueError, match=r"^z_loss=0\.1 with objective emo, which takes no such"):
         ObjectiveConfig("emo", z_loss=0.1)
-    with pytest.raises(ValueError, match="label_smoothing=0.1 and z_loss=0.1 with objective emo"):
+    both = r"label_smoothing=0\.1 and z_loss=0\.1 with objective emo"
+    with pytest.raises(ValueError, match=both):
         ObjectiveConfig("emo", label_smoothing=0.1, z_loss=0.1)
+    # The value of power is not made of nll.
+    with pytest.raises(
+        ValueError, match=r"^label_smoothing=0\.1 with objective power, .* use ce, "
+    ):
+        ObjectiveConfig("power", label_smoothing=0.1, z_loss=0.1)
+    assert ObjectiveConfig("power", z_loss=0.1).z_loss == 0.1
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -175,6 +185,12 @@ def test_config_docstring_fits_the_page() -> None:
             {"objective": "deft", "label_smoothing": 0.1, "z_loss": 1e-4},
             "deft (alpha global, weights detached, label smoothing 0.1, z-loss 0.0001)",
         ),
+        ({"objective": "dft"}, "dft (alpha global, weights detached)"),
+        (
+            {"objective": "eaft", "normalize": "none"},
+            "eaft (scale 3 nats, exponent 1, alpha none, weights detached)",
+        ),
+        ({"objective": "power"}, "power (q 1, alpha global, weights detached)"),
         ({"objective": "emo"}, "emo (mode 1)"),
         (
             {"objective": "emo", "emo_mode": "2", "emo_gt_q": True, "emo_cap": 3},

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import WEIGHTED, WEIGHTS, variations
+from support.helpers import VALUES, WEIGHTED, WEIGHTS, variations
 
 from megatron_mile import objectives
 from megatron_mile.config import ObjectiveConfig
@@ -61,6 +61,7 @@ def test_definition_is_whole(name: str) -> None:
     # A mix has no weight of its own, and a slope belongs to a weight.
     assert not (objective.mix and objective.weight)
     assert objective.weight or not (objective.weight_slope or objective.check_slope)
+    assert not objective.value or (objective.weight and not objective.weight_slope)
     assert ObjectiveConfig(name).alpha_mode == ("global" if objective.weight else "none")
 
 
@@ -75,6 +76,7 @@ def test_every_file_of_the_folder_is_an_objective_and_cross_entropy_is_first() -
 
 def test_every_weight_has_its_equation_in_the_oracle() -> None:
     assert set(WEIGHTS) == set(WEIGHTED)
+    assert set(VALUES) == {name for name in WEIGHTED if OBJECTIVES[name].value}
 
 
 @pytest.mark.parametrize("name", WITH_WEIGHT)
@@ -108,6 +110,44 @@ def test_weight_slope_is_the_derivative(name: str) -> None:
         kept = expected.isfinite()  # at 0 to the power of 0, autograd has NaN
         assert kept[1:].all()
         torch.testing.assert_close(found[kept], expected[kept], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_value_has_the_weight_as_its_slope(name: str) -> None:
+    weight, value = OBJECTIVES[name].weight, OBJECTIVES[name].value
+    assert weight is not None
+    assert value is not None
+    for config in variations(name):
+        nll = torch.tensor(NATS, dtype=torch.float64, requires_grad=True)
+        loss = value(nll, nll.detach(), **config.own)
+        (slope,) = torch.autograd.grad(loss.sum(), nll)
+        # autograd takes e^-x from 1 + (e^-x - 1)
+        torch.testing.assert_close(slope, weight(nll, nll, **config.own), rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("q", [1e-6, 1e-3, 0.5, 1.0, 10.0])
+def test_power_is_its_equation_and_cross_entropy_for_small_q(q: float) -> None:
+    own = ObjectiveConfig("power", power_q=q).own
+    value = OBJECTIVES["power"].value
+    assert value is not None
+    nll = torch.tensor(NATS, dtype=torch.float64)
+    found = value(nll, nll, **own).tolist()
+    assert found == pytest.approx([-math.expm1(-q * x) / q for x in NATS], rel=1e-15)
+    if q == 1e-6:  # (1 - e^-x) / q = nll (1 - x / 2 + ...) with x = q nll <= 2e-4
+        assert found == pytest.approx(NATS, rel=1.01e-4)
+
+
+def test_eaft_refuses_a_slope_without_bound_and_weights_that_fp32_cannot_hold() -> None:
+    for exponent in (0, 1, 2.5):
+        ObjectiveConfig("eaft", eaft_exponent=exponent, entropy_grad=True)
+    with pytest.raises(ValueError, match=r"entropy_grad=True with eaft_exponent=0\.5"):
+        ObjectiveConfig("eaft", eaft_exponent=0.5, entropy_grad=True)
+    ObjectiveConfig("eaft", eaft_exponent=40)  # (13.9 / 3)^40 = 4e26
+    ObjectiveConfig("eaft", eaft_exponent=1000, eaft_scale=14)
+    with pytest.raises(ValueError, match=r"eaft_exponent=50\.0 with eaft_scale=3\.0: a weight may"):
+        ObjectiveConfig("eaft", eaft_exponent=50)
+    with pytest.raises(ValueError, match=r"eaft_scale is 0; expected a finite number >= 0\.001"):
+        ObjectiveConfig("eaft", eaft_scale=0)
 
 
 # At sigma + H = 0: gamma = 0 is a constant weight, 1 has slope 0^0 = 1, larger ones start flat.

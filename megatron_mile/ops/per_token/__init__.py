@@ -2,7 +2,7 @@
 
     targets                    --locate-->   column in this shard, whether there is a loss
     (m, S, T, z_y) of shards   --join-->     the same of the whole vocabulary, nll, entropy, ...
-    weight, slope              --weigh-->    loss, and the coefficients of this shard's gradient
+    weight, slope, value       --weigh-->    loss, and the coefficients of this shard's gradient
     incoming gradient          --scale-->    coefficients of the backward
     shares of the loss         --sum_up-->   what alpha and the report need
 
@@ -11,8 +11,8 @@ uniform target, and z-loss adds a loss of its own, c (ln sum_k e^z_k)^2:
 
     G = ln S - U / V = mean_k (ln sum_j e^z_j - z_k)
 
-It is little work, of which plain torch would make a hundred launches on a GPU. Weight and slope are
-the objective's own functions in torch: no implementation knows an objective.
+It is little work, of which plain torch would make a hundred launches on a GPU. Weight, slope and
+value are the objective's own functions in torch: no implementation knows an objective.
 """
 
 from collections.abc import Sequence
@@ -61,6 +61,7 @@ class PerToken(Protocol):
         slope: torch.Tensor | None,
         valid: torch.Tensor,
         extras: Extras = NOTHING,
+        value: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss, and the coefficients of a gradient at an incoming gradient of 1.
 
@@ -80,6 +81,7 @@ class PerToken(Protocol):
             slope: dw/dH, [...]; None where the weight is held constant.
             valid: bool [...]; other tokens get 0 throughout.
             extras: What is added to w * nll.
+            value: The loss, [...]; None where it is w * nll. The gradient is the same.
 
         Returns:
             (loss, nll, H, w), and the z-loss if there is one, [4 or 5, ...] in the dtype of

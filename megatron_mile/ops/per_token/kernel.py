@@ -2,7 +2,7 @@
 
     locate    targets [N]                           -->  column in the shard, valid
     join      (m, S, T, z_y, ...) [R, 4 to 7, N]    -->  (m, S, T, z_y, nll, H, ...) [6 to 9, N] fp64
-    weigh     those, weight and slope [N]           -->  fields [4 or 5, N], coefficients [2 to 6, N]
+    weigh     those, weight, slope, value [N]       -->  fields [4 or 5, N], coefficients [2 to 6, N]
     scale     coefficients, incoming gradients [N]  -->  coefficients of the backward, fp32
     sum_up    mask and figures [N]                  -->  sums of blocks of tokens, which torch adds
 
@@ -128,12 +128,14 @@ def weigh_kernel(
     maxima: tl.tensor,  # [N] fp32, read-only: m of this shard
     weights: tl.tensor,  # [N], read-only; not read unless WEIGHTED
     slopes: tl.tensor,  # [N], read-only; not read unless SLOPED
+    values: tl.tensor,  # [N], read-only; not read unless VALUED
     valid: tl.tensor,  # [N] bool, read-only
     fields: tl.tensor,  # [4 or 5, N] fp32, written: loss, nll, H, w, z-loss
     stacked: tl.tensor,  # [2 to 6, N] fp64, written: flat, peak, tilt, base, of the z-loss
     rows: tl.tensor,  # N
     WEIGHTED: tl.constexpr,
     SLOPED: tl.constexpr,
+    VALUED: tl.constexpr,
     SMOOTHING: tl.constexpr,  # eps; 0 for none
     Z_LOSS: tl.constexpr,  # c; 0 for none
     BLOCK: tl.constexpr,
@@ -183,7 +185,10 @@ def weigh_kernel(
         tl.store(fields + 4 * rows + tokens, value, mask=inside)
     out = fields + tokens
     entropy = tl.load(source + 5 * rows, mask=inside)
-    tl.store(out, tl.where(counts, weight * smoothed, 0.0), mask=inside)
+    loss = weight * smoothed
+    if VALUED:
+        loss = tl.load(values + tokens, mask=inside).to(tl.float64)
+    tl.store(out, tl.where(counts, loss, 0.0), mask=inside)
     tl.store(out + rows, tl.where(counts, nll, 0.0), mask=inside)
     tl.store(out + 2 * rows, tl.where(counts, entropy, 0.0), mask=inside)
     tl.store(out + 3 * rows, tl.where(counts, weight, 0.0), mask=inside)
@@ -318,6 +323,7 @@ def _fake_weigh(
     valid: torch.Tensor,
     smoothing: float,
     z_loss: float,
+    value: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     number = 2 + (slope is not None) + (smoothing > 0) + 2 * (z_loss > 0)
     fields = maxima.new_empty(4 + (z_loss > 0), *valid.shape)
@@ -333,8 +339,9 @@ def _weighed(
     valid: torch.Tensor,
     smoothing: float,
     z_loss: float,
+    value: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    fields, stacked = _fake_weigh(joined, maxima, weight, slope, valid, smoothing, z_loss)
+    fields, stacked = _fake_weigh(joined, maxima, weight, slope, valid, smoothing, z_loss, value)
     rows = valid.numel()
     if rows:
         with torch.cuda.device_of(joined):
@@ -343,12 +350,14 @@ def _weighed(
                 maxima,
                 joined if weight is None else weight.contiguous(),
                 joined if slope is None else slope.contiguous(),
+                joined if value is None else value.contiguous(),
                 valid,
                 fields,
                 stacked,
                 rows,
                 WEIGHTED=weight is not None,
                 SLOPED=slope is not None,
+                VALUED=value is not None,
                 SMOOTHING=smoothing,
                 Z_LOSS=z_loss,
                 BLOCK=_BLOCK,
@@ -363,9 +372,10 @@ def weigh(
     slope: torch.Tensor | None,
     valid: torch.Tensor,
     extras: Extras = NOTHING,
+    value: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (fields, coefficients); see `megatron_mile.ops.per_token.PerToken`."""
-    return _weighed(joined, maxima, weight, slope, valid, *extras)
+    return _weighed(joined, maxima, weight, slope, valid, *extras, value)
 
 
 def _fake_scaled(

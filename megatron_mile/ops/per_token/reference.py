@@ -81,6 +81,7 @@ def weigh(
     slope: torch.Tensor | None,
     valid: torch.Tensor,
     extras: Extras = NOTHING,
+    value: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (fields, coefficients); see `megatron_mile.ops.per_token.PerToken`."""
     m, total, moment, z_y, nll, entropy = joined[:6]
@@ -100,7 +101,8 @@ def weigh(
         flat = flat + tilt * spread
         peak = peak + tilt * torch.exp(z_y - m) * (z_y - m + spread)
     stacked = _rebase(Coefficients(flat, peak, tilt, base), maxima - m).present()
-    fields = [weight * smoothed, nll, entropy, weight]
+    loss = weight * smoothed if value is None else value
+    fields = [loss, nll, entropy, weight]
     if extras.z_loss:
         log_sum = m + total.log()
         fields += [extras.z_loss * log_sum.square()]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_mile import set_token_weight
 from megatron_mile.cpu_mode import WITHOUT_APEX, WITHOUT_TE, missing_flags
 from megatron_mile.launch import one_line_errors, prepare_script
 
@@ -23,6 +24,7 @@ sys.argv += missing_flags(sys.argv, WITHOUT_TE + WITHOUT_APEX)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "examples"))
 import pretrain_gpt as example  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 
 Loss = Callable[[torch.Tensor], Any]
 step, calls = example.forward_step, 0
@@ -62,6 +64,7 @@ def kinds(labels: torch.Tensor, mask: torch.Tensor) -> dict[str, Loss]:
         "evaluation-mode": plain,
         "empty-rank": plain,
         "late-label": plain,
+        "weighted": functools.partial(example.loss_func, torch.ones_like(mask)),
         "keyword": functools.partial(keyword_loss, labels, scale=mask),
         "closure": lambda output: example.loss_func(mask, output),
         "class": LossOfAClass(mask),
@@ -72,7 +75,7 @@ def kinds(labels: torch.Tensor, mask: torch.Tensor) -> dict[str, Loss]:
 
 def own_mask(kind: str, like: torch.Tensor) -> torch.Tensor:
     """The mask of this micro-batch on this rank."""
-    rank = torch.distributed.get_rank()
+    rank = parallel_state.get_data_parallel_rank()
     if kind == "empty-rank" and rank == 1:
         return torch.zeros_like(like)
     places = torch.arange(like.numel(), device=like.device).view_as(like)
@@ -87,6 +90,8 @@ def forward_step(kind: str, iterator: Any, model: Any) -> Any:
 
     def get_batch(*args: Any) -> list[Any]:
         batches[:] = get_whole_batch(*args)
+        if kind == "weighted":  # the mask as weights of tokens, which all count
+            set_token_weight(own_mask(kind, batches[2]))
         if kind == "late-label" and calls == 3:
             batches[1][0, 5] = 1 << 20
         return batches
