@@ -45,9 +45,7 @@ LAYOUTS = {
 WANTED = [FOUR, Wanted(shifts=True), Wanted(squares=True), Wanted(True, True)]
 
 
-def true_stats(
-    logits: torch.Tensor, targets: torch.Tensor, wanted: Wanted = FOUR
-) -> torch.Tensor:
+def true_stats(logits: torch.Tensor, targets: torch.Tensor, wanted: Wanted = FOUR) -> torch.Tensor:
     """Return (m, S, T, z_y) and what is wanted, fp64 [4 to 7, ...], from their definitions."""
     z = logits.double()
     m = z.amax(-1)

@@ -86,15 +86,15 @@ def test_a_number_stays_in_the_range_of_its_setting() -> None:
 
 
 def test_a_number_may_have_to_stay_below_its_bound() -> None:
-    with pytest.raises(ValueError, match="expected a finite number >= 0 and < 1, such as 0.0"):
+    with pytest.raises(ValueError, match=r"expected a finite number >= 0 and < 1, such as 0\.0"):
         ObjectiveConfig(label_smoothing=1.0)
     assert ObjectiveConfig(label_smoothing=1 - 2**-53).label_smoothing < 1
 
 
 def test_config_refuses_what_emo_has_not() -> None:
-    with pytest.raises(ValueError, match="^z_loss=0.1 with objective emo, which has neither"):
+    with pytest.raises(ValueError, match=r"^z_loss=0\.1 with objective emo, which has"):
         ObjectiveConfig("emo", z_loss=0.1)
-    with pytest.raises(ValueError, match="label_smoothing=0.1 and z_loss=0.1 with objective emo"):
+    with pytest.raises(ValueError, match=r"label_smoothing=0\.1 and z_loss=0\.1 with objective"):
         ObjectiveConfig("emo", label_smoothing=0.1, z_loss=0.1)
 
 
