@@ -1,8 +1,9 @@
 """The objective as a loss of logits: statistics, weight and gradient joined in one autograd node.
 
 The forward reads the logits once and exchanges four numbers per token over the tensor-parallel
-group, with label smoothing six, and for a weight of sum_k p_k^2 another one; the backward reads them once, writes the gradient once, and exchanges nothing. What is saved
-for it is the logits themselves and a few numbers per token. EMO has a node of its own, in `emo`.
+group, with label smoothing six, and for a weight that contains sum_k p_k^2 another one. The
+backward reads them once, writes the gradient once, and exchanges nothing. What is saved for it is
+the logits themselves and a few numbers per token. EMO has a node of its own, in `emo`.
 
     logits [..., V/tp]  --ops.token_stats--> (m, S, T, z_y) of this shard
                         --parallel.vocab-->  those of all shards, one all_gather

@@ -89,7 +89,7 @@ def test_a_number_stays_in_the_range_of_its_setting() -> None:
 
 
 def test_a_number_may_have_to_stay_below_its_bound() -> None:
-    with pytest.raises(ValueError, match="expected a finite number >= 0 and < 1, such as 0.0"):
+    with pytest.raises(ValueError, match=r"expected a finite number >= 0 and < 1, such as 0\.0"):
         ObjectiveConfig(label_smoothing=1.0)
     assert ObjectiveConfig(label_smoothing=1 - 2**-53).label_smoothing < 1
 

@@ -1,9 +1,9 @@
 """Numbers per token as five small Triton kernels, one launch each where plain torch has dozens.
 
     locate    targets [N]                           -->  column in the shard, valid
-    join      (m, S, T, z_y, ...) [R, 4 to 7, N]    -->  (m, S, T, z_y, nll, H, ...) [6 to 9, N] fp64
-    weigh     those, weight, slope, value [N]       -->  fields [4 or 5, N], coefficients [2 to 6, N]
-    scale     coefficients, incoming gradients [N]  -->  coefficients of the backward, fp32
+    join      (m, S, T, z_y, ..) [R, 4 to 7, N]     -->  (m, S, T, z_y, nll, H, ..) [6 to 9, N] fp64
+    weigh     those, weight, slope, value [N]       -->  fields [4 or 5, N], stacked [2 to 6, N]
+    scale     stacked, incoming gradients [N]       -->  coefficients of the backward, fp32
     sum_up    mask and figures [N]                  -->  sums of blocks of tokens, which torch adds
 
 A token is a lane. Arithmetic is fp64, as in `reference`: there are a few numbers per token, so the
