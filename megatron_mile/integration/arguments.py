@@ -17,6 +17,7 @@ NO_OBJECTIVE = "none"
 MASK_FLAG = "--mile-mask-padded-vocab"
 FUSED_FLAG = "--mile-fused-linear"
 COST_FLAG = "--mile-emo-cost"
+FREQUENCY_FLAG = "--mile-token-frequency"
 OUTPUT_LAYER = "output-layer"
 
 
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         f"a Megatron checkpoint folder; of any width; used by {', '.join(NEED_COST)} "
         f"(default {OUTPUT_LAYER})",
     )
+    _add_report_flags(group)
     group.add_argument(
         "--mile-allow-change",
         action="store_true",
@@ -74,6 +76,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "machine without a GPU (default False)",
     )
     return parser
+
+
+def _add_report_flags(group: Any) -> None:
+    """Add the flags that change what is logged, and nothing of what is trained."""
+    group.add_argument(
+        FREQUENCY_FLAG,
+        metavar="FILE",
+        help="what tools/token_frequency.py wrote: adds the plain losses of its high, medium and "
+        "low frequency tokens to log and TensorBoard, in training and evaluation (default None)",
+    )
 
 
 def given(argv: Sequence[str]) -> list[str]:
@@ -154,7 +166,7 @@ def _refuse_without_objective(flags: set[str]) -> None:
 
     With an explicit none, settings may stay as they are beside the job that has an objective.
     """
-    of_a_run = {MASK_FLAG, FUSED_FLAG, COST_FLAG}
+    of_a_run = {MASK_FLAG, FUSED_FLAG, COST_FLAG, FREQUENCY_FLAG}
     settings = {_flag(setting.name) for setting in dataclasses.fields(ObjectiveConfig)}
     useless = flags & (of_a_run if _flag("objective") in flags else of_a_run | settings)
     if useless:

@@ -26,11 +26,12 @@ from megatron_mile.integration.host import METHOD
 from megatron_mile.integration.models import data_group, installed_config, unwrap
 from megatron_mile.integration.refusals import refuse_unequal_microbatches
 from megatron_mile.integration.telemetry import report_with_objective
+from megatron_mile.integration.token_frequencies import BUCKETS
 from megatron_mile.loss import TokenLoss
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.per_token import beside
 from megatron_mile.parallel import ProcessGroup
-from megatron_mile.parallel.tokens import start_normaliser
+from megatron_mile.parallel.tokens import start_normaliser, sum_by_group
 
 LossFunc = Callable[..., tuple[Any, ...]]
 
@@ -108,6 +109,8 @@ class Window:
         """Losses computed so far, those of multi-token-prediction heads included."""
         self.trained: TrainedLoss | None = None
         self.normalised = Normalised()
+        self.buckets: torch.Tensor | None = None
+        """Index into `BUCKETS` of each label, [b, s], where their losses are to be reported."""
 
     def put(self, stats: TokenLoss, config: ObjectiveConfig) -> torch.Tensor:
         """Leave the statistics of this step's one main loss; returns the model's loss [b, s]."""
@@ -282,15 +285,16 @@ class _Reduction:
         **kwargs: Any,
     ) -> Any:
         """Do what `loss_func(output_tensor)` does, with the objective where it is a training."""
-        if not _is_training(window, output_tensor) or kwargs.get("non_loss_data"):
+        if kwargs.get("non_loss_data"):
             return loss_func(output_tensor, *args, **kwargs)
+        if not _is_training(window, output_tensor):
+            return _evaluate(loss_func, window, model, output_tensor, *args, **kwargs)
         stats = window.take(model, self.config, output_tensor)
         probe = _without_unowned(output_tensor.detach(), stats.entropy).requires_grad_()
         # A copy, because the host may work in place.
         loss, *count, report = _results(loss_func(probe.clone(), *args, **kwargs))
         share = _share(loss, probe)
-        # A mean has divided the mask by its sum.
-        largest_share = None if count else share.max().clamp(min=torch.finfo(share.dtype).tiny)
+        largest_share = _largest_share(share, bool(count))
         mask = share if largest_share is None else share / largest_share
         sums = _sums(self.config, stats, mask)
         mask_sum, weights, losses, entropies, *distances, broken, negative = sums
@@ -309,7 +313,29 @@ class _Reduction:
         if has_other_leaves:
             total = total + (loss - (share * probe.detach()).sum())
         figures = [trained, entropies, weights, *distances]
-        return (total, *count, report_with_objective(report, mask_sum, figures, model))
+        buckets = _bucket_sums(window, probe.detach(), mask)
+        return (total, *count, report_with_objective(report, mask_sum, figures, model, buckets))
+
+
+def _evaluate(
+    loss_func: LossFunc, window: Window, model: Any, output: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Do what `loss_func(output)` does where nothing is trained, and report the buckets' losses.
+
+    The loss function runs once, on the host's own losses per token; its mask is read as in a
+    training step.
+    """
+    if window.buckets is None:
+        return loss_func(output, *args, **kwargs)
+    probe = output.detach().requires_grad_()
+    with torch.enable_grad():
+        loss, *count, report = _results(loss_func(probe.clone(), *args, **kwargs))
+        share = _share(loss, probe)
+    largest = _largest_share(share, bool(count))
+    mask = share if largest is None else share / largest
+    figures = {key: x.detach() if isinstance(x, torch.Tensor) else x for key, x in report.items()}
+    buckets = _bucket_sums(window, output.detach(), mask)
+    return (loss.detach(), *count, report_with_objective(figures, mask.sum(), [], model, buckets))
 
 
 def differentiated(*tensors: Any) -> bool:
@@ -371,6 +397,18 @@ def _share(loss: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
             "so an objective cannot take their place; make it linear, or use --mile-objective none"
         )
     return share
+
+
+def _largest_share(share: torch.Tensor, is_sum: bool) -> torch.Tensor | None:
+    """What makes shares a mask again where the loss is a mean, which has divided it; else None."""
+    return None if is_sum else share.max().clamp(min=torch.finfo(share.dtype).tiny)
+
+
+def _bucket_sums(window: Window, nll: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+    """Return (sum of nll, count) of each bucket, fp64 [3, 2]; None where nobody asked."""
+    if window.buckets is None:
+        return None
+    return sum_by_group(nll, mask, window.buckets, len(BUCKETS))
 
 
 def _has_other_leaves(loss: torch.Tensor, probe: torch.Tensor) -> bool:

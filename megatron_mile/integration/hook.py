@@ -37,6 +37,7 @@ from megatron_mile.loss import TokenLoss, token_loss
 from megatron_mile.ops import dispatch
 
 InputsOf = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+BucketsOf = Callable[[torch.Tensor], torch.Tensor]
 
 # What takes back what `attach` did to a model; a callback gets the model, so that it holds none.
 _undo: weakref.WeakKeyDictionary[Any, list[Callable[[Any], None]]] = weakref.WeakKeyDictionary()
@@ -78,6 +79,7 @@ def attach(
     fused_linear: bool = False,
     cost: CostRows | None = None,
     inputs: InputsOf | None = None,
+    buckets: BucketsOf | None = None,
 ) -> None:
     """Patch one model instance, wrapped or not, or each chunk of a list; the last call holds.
 
@@ -90,6 +92,8 @@ def attach(
             (`linear_token_loss`), so that the logits never exist as a whole in training; not emo.
         cost: This rank's rows of EMO's fixed cost matrix; None for the output layer in each step.
         inputs: What gives `token_loss` its `inputs` for labels [b, s]; 0-d, or [b, s].
+        buckets: What gives the index into `BUCKETS` of labels [b, s], as `FrequencyTables.buckets`;
+            their plain losses are then reported, in training and evaluation.
 
     Raises:
         MileCompatError: Megatron's output layer is not as expected (with `fused_linear`).
@@ -111,7 +115,7 @@ def attach(
             ahead = RowsAhead(module, cost)
             rows = ahead.take
             undo.append(ahead.stop)
-        hook = _make_hook(_host(type(module)), config, vocab_size, rows, inputs)
+        hook = _make_hook(_host(type(module)), config, vocab_size, rows, inputs, buckets)
         module.__dict__[METHOD] = types.MethodType(hook, module)
         undo.append(lambda model: model.__dict__.pop(METHOD, None))
 
@@ -148,12 +152,23 @@ def _turned(stats: TokenLoss) -> TokenLoss:
     return TokenLoss._make(x if x is None else x.transpose(0, 1).contiguous() for x in stats)
 
 
+def _window_outside(model: Any) -> Window:
+    """Make a window outside of a forward step, which is fine until a backward comes."""
+    if models.mtp_heads(model):
+        raise MileError(
+            "a model with multi-token prediction needs its forward_step wrapped, so that its "
+            "main loss can be told from the others: use megatron_mile.wrap_forward_step"
+        )
+    return Window()
+
+
 def _make_hook(
     host: Callable[..., torch.Tensor],
     config: ObjectiveConfig,
     vocab_size: int | None = None,
     rows: Callable[..., Any] | None = None,
     inputs: InputsOf | None = None,
+    buckets: BucketsOf | None = None,
 ) -> Callable[..., Any]:
     """Build the method that replaces `host`; `rows` gives EMO's cost for (model, labels)."""
 
@@ -164,15 +179,12 @@ def _make_hook(
 
         In training with the gradient of the weighted loss.
         """
+        window = current_window()
+        if window is not None and buckets is not None:
+            window.buckets = buckets(labels)  # of the last call, the main loss, to stay
         if not differentiated(logits):
             return host(self, labels, logits)
-        window = current_window()
-        if window is None and models.mtp_heads(self):
-            raise MileError(
-                "a model with multi-token prediction needs its forward_step wrapped, so that its "
-                "main loss can be told from the others: use megatron_mile.wrap_forward_step"
-            )
-        window = window or Window()  # outside a forward step: fine until a backward comes
+        window = window or _window_outside(self)
         window.calls += 1
         if window.calls <= models.mtp_heads(self):
             return host(self, labels, logits)

@@ -9,14 +9,23 @@ import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.integration.models import data_group
+from megatron_mile.integration.token_frequencies import BUCKETS
 from megatron_mile.parallel.tokens import sum_over_ranks
 
 LM_LOSS = "lm loss"
 OWN_FIGURES = ("mile loss", "mile entropy", "mile weight", "mile emo")
+OF_BUCKETS = tuple(f"{LM_LOSS} {bucket}" for bucket in BUCKETS)
+# Takes the place of a count of 0, by which the host would divide; any other count is the same
+# number with and without it, in fp32 and fp64, so that figures are 0 where there is no token.
+_NO_TOKENS = 1e-30
 
 
 def report_with_objective(
-    report: dict[str, Any], count: torch.Tensor, figures: Sequence[torch.Tensor], model: Any
+    report: dict[str, Any],
+    count: torch.Tensor,
+    figures: Sequence[torch.Tensor],
+    model: Any,
+    buckets: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """Add the objective's own figures to the host's report of plain cross-entropy.
 
@@ -32,18 +41,25 @@ def report_with_objective(
         figures: Sums over this rank's tokens, times the mask, in the order of `OWN_FIGURES`: what
             is differentiated, the entropy, the weight, and the distance if there is one.
         model: The model that was run, wrapped or not.
+        buckets: Sum of plain cross-entropy and of the mask in each of `BUCKETS`, fp64 [3, 2].
 
     Returns:
         The report as it was, followed by "mile loss" (what is differentiated), "mile entropy"
-        (nats), "mile weight", and "mile emo", the distance, if there is one.
+        (nats), "mile weight", and "mile emo", the distance, if there is one; then "lm loss high"
+        and so on, with their own counts, if there are buckets, 0 for one without tokens.
     """
     host = report.get(LM_LOSS, next(iter(report.values()), None))
     # In pairs, so that [sum, count] of all figures are made at once.
-    pairs = torch.stack([value for total in figures for value in (total, count)])
+    given = [value for total in figures for value in (total, count)]
+    names = OWN_FIGURES[: len(figures)]
+    if buckets is not None:
+        given += torch.stack([buckets[:, 0], buckets[:, 1].clamp(min=_NO_TOKENS)], 1).view(-1)
+        names += OF_BUCKETS
+    pairs = torch.stack(given)
     if not _is_sum_of_this_rank(host):
         pairs = sum_over_ranks(pairs, data_group(model))
     ours = (_in_form_of(host, pair) for pair in pairs.float().view(-1, 2).unbind())
-    return {**report, **dict(zip(OWN_FIGURES, ours, strict=False))}
+    return {**report, **dict(zip(names, ours, strict=True))}
 
 
 def _is_sum_of_this_rank(host: Any) -> bool:

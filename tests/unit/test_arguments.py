@@ -22,6 +22,7 @@ FLAGS = {
     "--mile-mask-padded-vocab": False,
     "--mile-fused-linear": False,
     "--mile-emo-cost": "output-layer",
+    "--mile-token-frequency": None,
     "--mile-allow-change": False,
     "--mile-cpu": False,
 }
