@@ -1,0 +1,123 @@
+"""What a job logs beside its losses: the losses per frequency bucket, in real training runs."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from support.training_runs import (
+    JOBS,
+    MILE,
+    REPOSITORY,
+    SAME,
+    TP1,
+    TP2,
+    Run,
+    TrainingRuns,
+    furthest,
+    mile_errors,
+)
+
+pytestmark = pytest.mark.slow
+
+FREQUENCY = REPOSITORY / "tools" / "token_frequency.py"
+BUCKETS = ("lm loss high", "lm loss medium", "lm loss low")
+SHORT = "--eval-iters 2 --eval-interval 3 --train-iters 6"
+VOCABULARY = 250
+
+
+@pytest.fixture(scope="module")
+def data(runs: TrainingRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pair of documents, and the frequencies of its tokens."""
+    folder = tmp_path_factory.mktemp("frequencies")
+    assert runs.call(JOBS / "write_documents.py", folder / "text").returncode == 0
+    count(runs, folder / "text", folder / "frequency.json")
+    return folder
+
+
+def count(runs: TrainingRuns, prefix: Path, output: Path, size: int = VOCABULARY) -> None:
+    """Make a frequency file by the tool itself."""
+    flags = ("--data-prefix", prefix, "--vocab-size", size, "--output", output)
+    done = runs.call(FREQUENCY, *flags)
+    assert done.returncode == 0, done.stdout
+
+
+def flags_of(data: Path, objective: str = MILE) -> str:
+    """The flags of a job on these documents."""
+    return objective.replace("--mock-data", f"--data-path {data}/text --split 90,10,0")
+
+
+def counted(run: Run) -> set[str]:
+    """Tags of what is logged beside what every job logs, without those by samples."""
+    return {tag for tag in run.scalars if tag.startswith("lm loss ") and " vs " not in tag}
+
+
+def test_buckets_are_logged_in_training_and_evaluation(runs: TrainingRuns, data: Path) -> None:
+    plain = runs.train(2, TP2, flags_of(data), SHORT)
+    flag = f"--mile-token-frequency {data}/frequency.json"
+    run = runs.train(2, TP2, flags_of(data), SHORT, flag)
+    validation = {f"{bucket} validation" for bucket in BUCKETS}
+    assert counted(run) == {*BUCKETS, *validation, "lm loss validation"}
+    for tag, figures in plain.scalars.items():  # what is there without the flag: the same bits
+        if tag.startswith(("lm loss", "mile", "grad-norm")):
+            assert run.scalars[tag] == figures, tag
+    for tags in (("lm loss", *BUCKETS), ("lm loss validation", *sorted(validation))):
+        for whole, *parts in zip(*(run[tag] for tag in tags), strict=True):
+            assert min(parts) < whole < max(parts)
+    step = next(line for line in run.logs[-1].splitlines() if " iteration        2/" in line)
+    keys = ["lm loss", "mile loss", "mile entropy", "mile weight", *BUCKETS]
+    assert re.findall(r"\| ((?:lm|mile) [a-z ]+):", step) == keys
+    assert re.search(r"validation loss .* lm loss low value: [1-9]\.\d+E", run.logs[-1])
+    assert f"{data}/frequency.json, sha256" in run.logs[0]
+
+
+def test_buckets_are_the_same_at_every_layout_and_of_the_host(
+    runs: TrainingRuns, data: Path
+) -> None:
+    flag = f"--mile-token-frequency {data}/frequency.json"
+    ce = flags_of(data, MILE.replace("mile --mile-gamma 3", "ce"))
+    host = runs.train(2, TP1, flags_of(data, "--mock-data --mile-cpu"), SHORT)
+    wide, split = (runs.train(2, layout, ce, SHORT, flag) for layout in (TP1, TP2))
+    for tag in (*BUCKETS, "lm loss validation", "lm loss high validation"):
+        assert furthest(split[tag], wide[tag]) < SAME
+    assert furthest(wide["lm loss"], host["lm loss"]) < SAME
+    assert furthest(wide["lm loss validation"], host["lm loss validation"]) < SAME
+
+
+def test_bucket_without_tokens_never_makes_nan(
+    runs: TrainingRuns, data: Path, tmp_path: Path
+) -> None:
+    """Of a text of one token, high is that token, medium nothing, and low all others."""
+    assert runs.call(JOBS / "write_documents.py", 1, tmp_path / "one").returncode == 0
+    count(runs, tmp_path / "one", tmp_path / "one.json")
+    flag = f"--mile-token-frequency {tmp_path}/one.json"
+    run = runs.train(2, TP1, flags_of(data), SHORT, flag)
+    for tag in counted(run):
+        assert all(map(math.isfinite, run[tag]))
+        assert any(run[tag]) == ("medium" not in tag)
+    assert "number of nan iterations:   0" in run.logs[-1]
+    assert not re.search(r"\bnan\b(?! iterations)", run.logs[-1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--mile-token-frequency {}/none.json", "none.json: No such file or directory; make it"),
+        ("--mile-token-frequency {}/text.idx", "text.idx: not a token frequency file; make it"),
+        ("--mile-token-frequency {}/other.json", "other.json: made for a vocabulary of 1000, but"),
+        (
+            "--mile-objective none --mile-token-frequency {}/frequency.json",
+            "--mile-token-frequency without an objective",
+        ),
+    ],
+)
+def test_refused_files_end_in_one_line(
+    runs: TrainingRuns, data: Path, flags: str, expected: str
+) -> None:
+    if not (data / "other.json").exists():
+        count(runs, data / "text", data / "other.json", 1000)
+    run = runs.run(2, TP2, flags_of(data), flags.format(data))
+    assert run.code != 0
+    (error,) = mile_errors("\n".join(run.logs))
+    assert expected in error
+    assert "Traceback" not in "".join(run.logs)
