@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.loss import TokenLoss, check_dtypes, weigh_shard
+from megatron_mile.loss import TokenLoss, check_dtypes, check_inputs, weigh_shard
 from megatron_mile.nodes import Inputs, first_order
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.per_token import beside
@@ -83,11 +83,12 @@ def linear_token_loss(
 
     Raises:
         ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, or the objective
-            needs cost rows (emo).
+            needs cost rows (emo), or an input that is not given.
     """
     if config.definition.needs_cost:
         raise ValueError(f"objective {config.objective} has no form without logits; use token_loss")
     _check_tensors(hidden, weight, targets, group_size(tp_group) if sequence_parallel else 1)
+    check_inputs(config, inputs or {})
     if chunk_tokens is None:
         chunk_tokens = block_tokens(weight.size(0), weight.itemsize, weight.device)
     if chunk_tokens < 1:

@@ -90,10 +90,12 @@ def token_loss(
 
     Raises:
         ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, the logits overlap
-            in memory and `inplace` is set, or the objective lacks a cost or has none.
+            in memory and `inplace` is set, or the objective lacks a cost or an input or takes no
+            cost.
     """
     _check_tensors(logits, targets)
     _check_cost(logits, targets, config, cost)
+    check_inputs(config, inputs or {})
     if inplace and _overlaps(logits):
         raise ValueError(
             f"inplace=True with logits that overlap in memory (strides {tuple(logits.stride())}); "
@@ -222,6 +224,17 @@ def check_dtypes(name: str, values: torch.Tensor, targets: torch.Tensor) -> None
         raise ValueError(f"{name} are {values.dtype}; expected fp64, fp32, bf16 or fp16")
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise ValueError(f"targets are {targets.dtype}; expected integers such as torch.int64")
+
+
+def check_inputs(config: ObjectiveConfig, inputs: Inputs) -> None:
+    """Raise ValueError where the objective's functions need an input that is not given."""
+    missing = [name for name in config.definition.inputs if name not in inputs]
+    if missing:
+        raise ValueError(
+            f"objective {config.objective} without {', '.join(missing)}; expected "
+            f"inputs={{{missing[0]!r}: a tensor of the targets' shape}}, in a Megatron job from "
+            "--mile-token-frequency or attach(inputs=)"
+        )
 
 
 def _check_tensors(logits: torch.Tensor, targets: torch.Tensor) -> None:

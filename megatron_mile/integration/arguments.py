@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.errors import MileError
-from megatron_mile.objectives import NEED_COST, OBJECTIVES
+from megatron_mile.objectives import NEED_COST, NEED_INPUTS, OBJECTIVES
 
 Namespace = argparse.Namespace
 NO_OBJECTIVE = "none"
@@ -84,7 +84,8 @@ def _add_report_flags(group: Any) -> None:
         FREQUENCY_FLAG,
         metavar="FILE",
         help="what tools/token_frequency.py wrote: adds the plain losses of its high, medium and "
-        "low frequency tokens to log and TensorBoard, in training and evaluation (default None)",
+        "low frequency tokens to log and TensorBoard, in training and evaluation; needed by "
+        f"{', '.join(NEED_INPUTS)} (default None)",
     )
 
 
@@ -135,6 +136,11 @@ def _refuse_combination(config: ObjectiveConfig, flags: set[str]) -> None:
     """Stop a job whose flags do not fit its objective."""
     objective = config.objective
     check_objective(config, FUSED_FLAG in flags)
+    if config.definition.inputs and FREQUENCY_FLAG not in flags:
+        raise MileError(
+            f"--mile-objective {objective} needs {FREQUENCY_FLAG} FILE; make the file with "
+            "tools/token_frequency.py"
+        )
     for other in OBJECTIVES:
         unused = sorted(flag for flag in flags if flag.startswith(_flag(other) + "-"))
         if unused and other != objective:

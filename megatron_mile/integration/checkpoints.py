@@ -15,7 +15,7 @@ from megatron_mile.integration.arguments import (
     objective_settings,
 )
 from megatron_mile.integration.telemetry import alpha_scope
-from megatron_mile.objectives import NEED_COST, OBJECTIVES
+from megatron_mile.objectives import NEED_COST, NEED_INPUTS, OBJECTIVES
 from megatron_mile.run_record.data import changed_data
 
 
@@ -62,7 +62,13 @@ def _resumed_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     is_ours = settings["objective"] != NO_OBJECTIVE  # the host itself always counts the padding
     mask = is_ours and stored.get("mile_mask_padded_vocab", False)
     cost = stored.get("mile_emo_cost_digest") or OUTPUT_LAYER
-    return {**settings, "mask_padded_vocab": mask, "emo_cost": cost}
+    frequency = stored.get("mile_token_frequency_digest")
+    return {
+        **settings,
+        "mask_padded_vocab": mask,
+        "emo_cost": cost,
+        "token_frequency": frequency,
+    }
 
 
 def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -76,6 +82,7 @@ def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> l
         return [f"objective {objective} -> {now['objective']}"]
     else:
         names = defining_settings(objective) + ["emo_cost"] * (objective in NEED_COST)
+        names += ["token_frequency"] * (objective in NEED_INPUTS)
     return [
         f"{name} {before[name]} -> {now[name]}"
         for name in (*names, "mask_padded_vocab")

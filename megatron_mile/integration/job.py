@@ -168,14 +168,15 @@ def _attach(
             check_matrix(matrix, words, unwrap(chunk).vocab_size)
             if getattr(unwrap(chunk), "post_process", True):
                 cost = fixed_rows(matrix, words, chunk)
-        buckets = None
+        buckets = inputs = None
         if frequencies is not None:
             columns = unwrap(chunk).vocab_size
             check_vocabulary(frequencies, args.mile_token_frequency, words, columns)
             device = next(unwrap(chunk).parameters()).device
-            buckets = FrequencyTables(frequencies, columns, device).buckets
+            tables = FrequencyTables(frequencies, columns, device)
+            buckets, inputs = tables.buckets, tables.inputs if config.definition.inputs else None
         if config.definition.needs_cost or vocab_size or args.mile_fused_linear or buckets:
-            attach(chunk, config, vocab_size, args.mile_fused_linear, cost, buckets=buckets)
+            attach(chunk, config, vocab_size, args.mile_fused_linear, cost, inputs, buckets)
 
 
 def _objective_lines(

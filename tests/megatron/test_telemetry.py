@@ -1,15 +1,18 @@
 """What a job logs beside its losses: the losses per frequency bucket, in real training runs."""
 
+import json
 import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from support.training_runs import (
     JOBS,
     MILE,
     REPOSITORY,
     SAME,
+    STOP,
     TP1,
     TP2,
     Run,
@@ -99,6 +102,40 @@ def test_bucket_without_tokens_never_makes_nan(
     assert not re.search(r"\bnan\b(?! iterations)", run.logs[-1])
 
 
+def test_frequency_trains_at_every_layout_and_resumes_with_its_file_alone(
+    runs: TrainingRuns, data: Path, tmp_path: Path
+) -> None:
+    """The mean weight is that of the data, and another file is another objective."""
+    settings = "--mile-frequency-exponent 2 --mile-frequency-eps 0.001"
+    frequency = flags_of(data, f"--mock-data --mile-cpu --mile-objective frequency {settings}")
+    flag = f"--mile-token-frequency {data}/frequency.json"
+    wide = runs.train(1, TP1, frequency, flag)
+    whole = runs.train(2, TP2, frequency, flag, save=True)
+    half = runs.train(2, TP2, frequency, flag, STOP, save=True)
+    fused = runs.train(2, TP2, frequency, flag, "--mile-fused-linear")
+    resumed = runs.train(2, TP2, frequency, flag, f"--load {half.checkpoint}")
+    for figure in ("lm loss", "mile loss", "mile weight"):
+        assert half[figure] + resumed[figure] == whole[figure]
+        assert furthest(wide[figure], whole[figure]) < SAME
+        assert furthest(fused[figure], whole[figure]) < SAME
+    assert furthest(whole["mile loss"], whole["lm loss"]) > 1e-4
+    shares = torch.tensor(json.loads((data / "frequency.json").read_text())["counts"]) / 13950
+    mean = (shares / (shares + 0.001) ** 2).sum().item()
+    assert all(0.9 < weight / mean < 1.1 for weight in whole["mile weight"])
+
+    assert runs.call(JOBS / "write_documents.py", 1, tmp_path / "one").returncode == 0
+    count(runs, tmp_path / "one", tmp_path / "one.json")
+    other = f"--mile-token-frequency {tmp_path}/one.json --load {half.checkpoint}"
+    refused = runs.run(2, TP2, frequency, other)
+    assert refused.code != 0
+    (error,) = mile_errors("\n".join(refused.logs))
+    assert "trained with another objective: token_frequency " in error
+    assert not refused.scalars
+    # With another objective the file is only reported by, and may change.
+    reported = runs.train(2, TP2, flags_of(data), flag, STOP, save=True).checkpoint
+    runs.train(2, TP2, flags_of(data), other.replace(str(half.checkpoint), str(reported)))
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -108,6 +145,10 @@ def test_bucket_without_tokens_never_makes_nan(
         (
             "--mile-objective none --mile-token-frequency {}/frequency.json",
             "--mile-token-frequency without an objective",
+        ),
+        (
+            "--mile-objective frequency",
+            "--mile-objective frequency needs --mile-token-frequency FILE; make the file with",
         ),
     ],
 )

@@ -19,6 +19,8 @@ FLAGS = {
     "--mile-emo-mode": "1",
     "--mile-emo-gt-q": False,
     "--mile-emo-cap": 0.0,
+    "--mile-frequency-exponent": 1.0,
+    "--mile-frequency-eps": 1e-7,
     "--mile-mask-padded-vocab": False,
     "--mile-fused-linear": False,
     "--mile-emo-cost": "output-layer",
@@ -55,6 +57,10 @@ def test_help_of_each_flag_gives_default_and_of_numbers_unit_and_range() -> None
         ("mile", ["gamma", "sigma", "normalize", "entropy_grad"]),
         ("focal", ["gamma", "normalize"]),
         ("emo", ["emo_mode", "emo_gt_q", "emo_cap"]),
+        (
+            "frequency",
+            ["normalize", "frequency_exponent", "frequency_eps", "token_frequency_digest"],
+        ),
     ],
 )
 def test_changed_settings_are_those_that_define_the_objective(
@@ -63,6 +69,7 @@ def test_changed_settings_are_those_that_define_the_objective(
     others: dict[str, Any] = {"gamma": 3.0, "sigma": 0.5, "normalize": "local"}
     others |= {"entropy_grad": True, "backend": "torch"}
     others |= {"emo_mode": "2", "emo_gt_q": True, "emo_cap": 3.0}
+    others |= {"frequency_exponent": 2.0, "frequency_eps": 0.1, "token_frequency_digest": "1f"}
     stored = {"mile_objective": objective}
     found = [
         name
