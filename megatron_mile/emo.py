@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.nodes import SPENT, NodeSettings, first_order
+from megatron_mile.nodes import SPENT, NodeSettings, first_order, with_hits
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.blocks import Coefficients
 from megatron_mile.ops.emo.blocked import gradient_of_all, stats_of_all
@@ -182,6 +182,7 @@ def weigh_emo(
     config: ObjectiveConfig,
     shard: VocabShard,
     dtype: torch.dtype,
+    accuracy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss per token and the coefficients of this shard's gradient; one all_gather.
 
@@ -195,10 +196,11 @@ def weigh_emo(
         config: The objective.
         shard: What this rank has of the vocabulary.
         dtype: Of the fields.
+        accuracy: As in `token_loss`.
 
     Returns:
-        (loss, nll, entropy, weight, distance), [5, ...]; and the stacked coefficients, fp64
-        [3, ...].
+        (loss, nll, entropy, weight, distance) and accuracy, [5 or 6, ...]; and the stacked
+        coefficients, fp64 [3, ...].
     """
     m, total, moment, z_y, rest, cost = merge(gather_stats(stats, shard.group))
     nll = torch.logaddexp(rest.log() - (z_y - m), torch.zeros_like(m))
@@ -216,7 +218,9 @@ def weigh_emo(
     # The backward takes D as rounded here: large tilts must not meet what that leaves out.
     flat = flat - tilt * (distance - distance.to(dtype))
     coefficients = Coefficients(scale * flat, peak, scale * tilt).stack()
-    return fields.masked_fill(~valid, 0).to(dtype), coefficients.masked_fill(~valid, 0)
+    fields = fields.masked_fill(~valid, 0).to(dtype)
+    fields = with_hits(fields, m, z_y, valid) if accuracy else fields
+    return fields, coefficients.masked_fill(~valid, 0)
 
 
 class EmoLoss(torch.autograd.Function):
@@ -231,7 +235,7 @@ class EmoLoss(torch.autograd.Function):
         costs: TargetCosts,
     ) -> tuple[torch.Tensor, ...]:
         """Return (loss, nll, entropy, weight, valid, distance) of logits and targets."""
-        config, shard, inplace, ignore_index, _ = settings
+        config, shard, inplace, ignore_index, _, accuracy = settings
         ctx.set_materialize_grads(False)
         statistics, _ = dispatch.select(config.backend, logits.device, logits.dtype)
         ctx.implementation, ctx.per_token = dispatch.emo_beside(statistics), beside(statistics)
@@ -249,14 +253,14 @@ class EmoLoss(torch.autograd.Function):
             costs.scale[: shard.columns].to(dtype),
             ctx.kept[inside] if keeps else None,
         )
-        fields, coefficients = weigh_emo(stats, valid, config, shard, dtype)
+        fields, coefficients = weigh_emo(stats, valid, config, shard, dtype, accuracy)
         if inplace:
             # Whoever saved the logits must learn now, although the write waits for the backward.
             torch.autograd.graph.increment_version(logits)
-        loss, *others, distance = fields.unbind()
+        loss, nll, entropy, weight, distance, *hits = fields.unbind()
         ctx.save_for_backward(logits, local, stats[0].to(dtype), distance, coefficients)
-        ctx.mark_non_differentiable(*others, valid, distance)
-        return loss, *others, valid, distance
+        ctx.mark_non_differentiable(nll, entropy, weight, valid, distance, *hits)
+        return loss, nll, entropy, weight, valid, distance, *hits
 
     @staticmethod
     @first_order

@@ -40,6 +40,7 @@ class _Settings(NamedTuple):
     sequence_parallel: bool
     ignore_index: int
     inputs: Inputs
+    accuracy: bool
 
 
 def linear_token_loss(
@@ -55,6 +56,7 @@ def linear_token_loss(
     sequence_parallel: bool = False,
     gradient_accumulation_fusion: bool = False,
     inputs: Inputs | None = None,
+    accuracy: bool = False,
 ) -> TokenLoss:
     """Return `token_loss(hidden @ weight.T, targets, ...)` without holding all the logits.
 
@@ -80,6 +82,7 @@ def linear_token_loss(
             is one, as Megatron's flag of that name does; `weight.grad` is then a placeholder for
             its hooks.
         inputs: As in `token_loss`.
+        accuracy: As in `token_loss`.
 
     Raises:
         ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, or the objective
@@ -94,7 +97,9 @@ def linear_token_loss(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; expected 1 or more")
     shard = VocabShard.of(weight.size(0), vocab_range, tp_group, vocab_size)
-    settings = _Settings(config, shard, chunk_tokens, sequence_parallel, ignore_index, inputs or {})
+    settings = _Settings(
+        config, shard, chunk_tokens, sequence_parallel, ignore_index, inputs or {}, accuracy
+    )
     main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
     return TokenLoss(*_LinearLoss.apply(hidden, weight, targets, settings, main_grad))
 
@@ -141,12 +146,12 @@ class _LinearLoss(torch.autograd.Function):
             part = ctx.implementation.token_stats(logits, flat_targets[block])
             stats.view(4, -1)[:, block] = part
         fields, coefficients = weigh_shard(
-            ctx.per_token, stats, valid, config, shard, settings.inputs
+            ctx.per_token, stats, valid, config, shard, settings.inputs, settings.accuracy
         )
         ctx.save_for_backward(hidden, weight, local, stats[0], coefficients)
-        loss, *others = fields.unbind()
-        ctx.mark_non_differentiable(*others, valid)
-        return loss, *others, valid
+        loss, nll, entropy, weight_of_loss, *hits = fields.unbind()
+        ctx.mark_non_differentiable(nll, entropy, weight_of_loss, valid, *hits)
+        return loss, nll, entropy, weight_of_loss, valid, None, *hits
 
     @staticmethod
     @first_order

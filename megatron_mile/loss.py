@@ -18,7 +18,7 @@ import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.emo import CostRows, EmoLoss, TargetCosts
-from megatron_mile.nodes import SPENT, Inputs, NodeSettings, first_order
+from megatron_mile.nodes import SPENT, Inputs, NodeSettings, first_order, with_hits
 from megatron_mile.objectives import NEED_COST
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.per_token import PerToken, beside
@@ -46,6 +46,8 @@ class TokenLoss(NamedTuple):
     """bool: the target is not ignore_index."""
     emo: torch.Tensor | None = None
     """The distance D, no unit, in [0, 2], of an objective that has one (emo); else None."""
+    accuracy: torch.Tensor | None = None
+    """1 where the target has the largest logit, alone or with others, else 0; None if not asked."""
 
 
 def token_loss(
@@ -59,6 +61,7 @@ def token_loss(
     vocab_size: int | None = None,
     cost: CostRows | TargetCosts | None = None,
     inputs: Inputs | None = None,
+    accuracy: bool = False,
 ) -> TokenLoss:
     """Return the loss of every token: w(nll, H) * nll, or EMO's.
 
@@ -87,6 +90,7 @@ def token_loss(
             logits, and the backward makes them again.
         inputs: What the objective's functions take by name in place of its settings or beside them,
             on the logits' device and without a gradient: 0-d, or a number per token, [...].
+        accuracy: Also say whether the target has the largest logit; the logits are not read again.
 
     Raises:
         ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, the logits overlap
@@ -102,7 +106,7 @@ def token_loss(
             "pass inplace=False or logits.contiguous()"
         )
     shard = VocabShard.of(logits.size(-1), vocab_range, tp_group, vocab_size)
-    settings = NodeSettings(config, shard, inplace, ignore_index, inputs or {})
+    settings = NodeSettings(config, shard, inplace, ignore_index, inputs or {}, accuracy)
     if cost is None:
         return TokenLoss(*_WeightedLoss.apply(logits, targets, settings))
     if isinstance(cost, CostRows):
@@ -148,7 +152,7 @@ class _WeightedLoss(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, settings: NodeSettings
     ) -> tuple[torch.Tensor, ...]:
         """Return (loss, nll, entropy, weight, valid) of logits and targets."""
-        config, shard, inplace, ignore_index, inputs = settings
+        config, shard, inplace, ignore_index, inputs, accuracy = settings
         ctx.set_materialize_grads(False)
         ctx.implementation, _ = dispatch.select(config.backend, logits.device, logits.dtype)
         ctx.per_token = beside(ctx.implementation)
@@ -158,14 +162,16 @@ class _WeightedLoss(torch.autograd.Function):
         local, valid = ctx.per_token.locate(targets, shard.start, shard.end, ignore_index)
         inside = logits[..., : shard.columns]
         stats = ctx.implementation.token_stats(inside, local, ctx.consumed)
-        fields, coefficients = weigh_shard(ctx.per_token, stats, valid, config, shard, inputs)
+        fields, coefficients = weigh_shard(
+            ctx.per_token, stats, valid, config, shard, inputs, accuracy
+        )
         if inplace:
             # Whoever saved the logits must learn now, also if the write waits for the backward.
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(logits, local, stats[0], coefficients)
-        loss, *others = fields.unbind()
-        ctx.mark_non_differentiable(*others, valid)
-        return loss, *others, valid
+        loss, nll, entropy, weight, *hits = fields.unbind()
+        ctx.mark_non_differentiable(nll, entropy, weight, valid, *hits)
+        return loss, nll, entropy, weight, valid, None, *hits
 
     @staticmethod
     @first_order
@@ -195,6 +201,7 @@ def weigh_shard(
     config: ObjectiveConfig,
     shard: VocabShard,
     inputs: Inputs,
+    accuracy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss per token and the coefficients of this shard's gradient; one all_gather.
 
@@ -205,17 +212,19 @@ def weigh_shard(
         config: The objective.
         shard: What this rank has of the vocabulary.
         inputs: As in `token_loss`.
+        accuracy: As in `token_loss`.
 
     Returns:
-        (loss, nll, entropy, weight), [4, ...] in the dtype of `stats`; and the stacked
-        coefficients, fp64 [2 or 3, ...].
+        (loss, nll, entropy, weight) and accuracy, [4 or 5, ...] in the dtype of `stats`; and the
+        stacked coefficients, fp64 [2 or 3, ...].
     """
     joined = per_token.join(gather_stats(stats, shard.group))
     *_, nll, entropy = joined
     functions = (config.definition.weight, config.entropy_slope)
     given = {**config.own, **inputs}
     weight, slope = (f if f is None else f(nll, entropy, **given) for f in functions)
-    return per_token.weigh(joined, stats[0], weight, slope, valid)
+    fields, coefficients = per_token.weigh(joined, stats[0], weight, slope, valid)
+    return with_hits(fields, joined[0], joined[3], valid) if accuracy else fields, coefficients
 
 
 def check_dtypes(name: str, values: torch.Tensor, targets: torch.Tensor) -> None:

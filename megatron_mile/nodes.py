@@ -29,6 +29,15 @@ class NodeSettings(NamedTuple):
     inplace: bool
     ignore_index: int
     inputs: Inputs
+    accuracy: bool
+
+
+def with_hits(
+    fields: torch.Tensor, m: torch.Tensor, z_y: torch.Tensor, valid: torch.Tensor
+) -> torch.Tensor:
+    """Return the fields [n, ...] and 1 where the target's logit is the largest, ties included."""
+    hits = (z_y >= m) & valid  # never where no shard held the target: z_y is NaN there
+    return torch.cat([fields, hits.to(fields.dtype).unsqueeze(0)])
 
 
 def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.errors import MileError
+from megatron_mile.integration.telemetry import Report
 from megatron_mile.objectives import NEED_COST, NEED_INPUTS, OBJECTIVES
 
 Namespace = argparse.Namespace
@@ -18,6 +19,7 @@ MASK_FLAG = "--mile-mask-padded-vocab"
 FUSED_FLAG = "--mile-fused-linear"
 COST_FLAG = "--mile-emo-cost"
 FREQUENCY_FLAG = "--mile-token-frequency"
+REPORT_FLAG = "--mile-report"
 OUTPUT_LAYER = "output-layer"
 
 
@@ -87,6 +89,14 @@ def _add_report_flags(group: Any) -> None:
         "low frequency tokens to log and TensorBoard, in training and evaluation; needed by "
         f"{', '.join(NEED_INPUTS)} (default None)",
     )
+    group.add_argument(
+        REPORT_FLAG,
+        metavar="LIST",
+        help="figures in log and TensorBoard, with commas between: loss, entropy, weight, emo, "
+        "accuracy the share of tokens whose target has the largest logit; entropy and accuracy "
+        "that are named are reported in evaluation too, which then reads the logits once more; "
+        "None is all but accuracy, in training (default None)",
+    )
 
 
 def given(argv: Sequence[str]) -> list[str]:
@@ -114,6 +124,7 @@ def parse(argv: Sequence[str]) -> Namespace:
         _refuse_without_objective(flags)
     else:
         _refuse_combination(config, flags)
+        Report.of(namespace.mile_report, config)
     return namespace
 
 
@@ -172,7 +183,7 @@ def _refuse_without_objective(flags: set[str]) -> None:
 
     With an explicit none, settings may stay as they are beside the job that has an objective.
     """
-    of_a_run = {MASK_FLAG, FUSED_FLAG, COST_FLAG, FREQUENCY_FLAG}
+    of_a_run = {MASK_FLAG, FUSED_FLAG, COST_FLAG, FREQUENCY_FLAG, REPORT_FLAG}
     settings = {_flag(setting.name) for setting in dataclasses.fields(ObjectiveConfig)}
     useless = flags & (of_a_run if _flag("objective") in flags else of_a_run | settings)
     if useless:

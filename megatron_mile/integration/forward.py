@@ -25,13 +25,13 @@ from megatron_mile.errors import MileError
 from megatron_mile.integration.host import METHOD
 from megatron_mile.integration.models import data_group, installed_config, unwrap
 from megatron_mile.integration.refusals import refuse_unequal_microbatches
-from megatron_mile.integration.telemetry import report_with_objective
+from megatron_mile.integration.telemetry import Report, report_with_objective
 from megatron_mile.integration.token_frequencies import BUCKETS
 from megatron_mile.loss import TokenLoss
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.per_token import beside
 from megatron_mile.parallel import ProcessGroup
-from megatron_mile.parallel.tokens import start_normaliser, sum_by_group
+from megatron_mile.parallel.tokens import masked, start_normaliser, sum_by_group
 
 LossFunc = Callable[..., tuple[Any, ...]]
 
@@ -104,13 +104,16 @@ class Normalised:
 class Window:
     """One forward step: what the hook has left for its loss function."""
 
-    def __init__(self) -> None:
+    def __init__(self, report: Report = Report()) -> None:  # noqa: B008 - it cannot change
+        self.report = report
         self.calls = 0
         """Losses computed so far, those of multi-token-prediction heads included."""
         self.trained: TrainedLoss | None = None
         self.normalised = Normalised()
         self.buckets: torch.Tensor | None = None
         """Index into `BUCKETS` of each label, [b, s], where their losses are to be reported."""
+        self.evaluated: TokenLoss | None = None
+        """Statistics [b, s] of logits that are not trained, where they are to be reported."""
 
     def put(self, stats: TokenLoss, config: ObjectiveConfig) -> torch.Tensor:
         """Leave the statistics of this step's one main loss; returns the model's loss [b, s]."""
@@ -182,10 +185,10 @@ def current_window() -> Window | None:
 
 
 @contextlib.contextmanager
-def _open_window() -> Iterator[Window]:
+def _open_window(report: Report) -> Iterator[Window]:
     """Open the window of one forward step, which may run inside another."""
     global _current
-    outer, _current = _current, Window()
+    outer, _current = _current, Window(report)
     try:
         yield _current
     finally:
@@ -193,7 +196,7 @@ def _open_window() -> Iterator[Window]:
 
 
 def wrap_forward_step(
-    forward_step: Callable[..., Any], config: ObjectiveConfig
+    forward_step: Callable[..., Any], config: ObjectiveConfig, report: str | None = None
 ) -> Callable[..., Any]:
     """Give a Megatron forward step the objective's normaliser and report; the last call holds.
 
@@ -205,14 +208,19 @@ def wrap_forward_step(
             (state, data_iterator, model): the model is the argument of that name, else the first
             that is a torch module.
         config: The objective that `install` or `attach` was given.
+        report: Which figures of ours are reported, with commas between, of loss, entropy, weight,
+            accuracy and emo; None for all but accuracy. Entropy and accuracy that are named are
+            reported in evaluation too, which then reads the logits once more.
 
     Returns:
         A forward step of the same signature. Steps that are differentiated get alpha and the
-        report keys; evaluation passes through untouched. The loss function's loss must be linear
-        in the losses per token, as masks, sums and means are.
+        report keys; evaluation passes through untouched, but for what was asked to be reported.
+        The loss function's loss must be linear in the losses per token, as masks, sums and means
+        are.
     """
+    figures = Report.of(report, config)
     earlier = getattr(forward_step, "__megatron_mile__", None)
-    if earlier == config:
+    if earlier == config and forward_step.__megatron_mile_report__ == figures:  # type: ignore[attr-defined]
         return forward_step
     if earlier is not None:
         forward_step = forward_step.__wrapped__  # type: ignore[attr-defined]
@@ -221,7 +229,7 @@ def wrap_forward_step(
 
     @functools.wraps(forward_step)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with _open_window() as window:
+        with _open_window(figures) as window:
             output, loss_func = forward_step(*args, **kwargs)
         if loss_func is None or _is_wrapped(loss_func, config):
             return output, loss_func
@@ -229,6 +237,7 @@ def wrap_forward_step(
         return output, functools.partial(reduction, loss_func, window, model)
 
     wrapped.__megatron_mile__ = config  # type: ignore[attr-defined]
+    wrapped.__megatron_mile_report__ = figures  # type: ignore[attr-defined]
     return wrapped
 
 
@@ -297,7 +306,8 @@ class _Reduction:
         largest_share = _largest_share(share, bool(count))
         mask = share if largest_share is None else share / largest_share
         sums = _sums(self.config, stats, mask)
-        mask_sum, weights, losses, entropies, *distances, broken, negative = sums
+        mask_sum, *reported, broken, negative = sums
+        named = dict(zip(_figures(stats), reported, strict=True))
         group = _alpha_group(model, self.config.alpha_mode)
         waiting = start_normaliser(sums[:2], self.config.alpha_mode, group)
         if not self.checked:
@@ -307,12 +317,12 @@ class _Reduction:
         # Only now, because the ranks meet here. A later step in which something is broken ends in
         # NaN, because a look at it would wait for the device.
         alpha = waiting().masked_fill_(sums[-2:].any(), torch.nan)
-        trained = alpha * losses
+        trained = named["loss"] = alpha * named["loss"]
         value = trained if largest_share is None else trained * largest_share
         total = _Objective.apply(output_tensor, share, alpha, value)
         if has_other_leaves:
             total = total + (loss - (share * probe.detach()).sum())
-        figures = [trained, entropies, weights, *distances]
+        figures = {name: named[name] for name in window.report.trained if name in named}
         buckets = _bucket_sums(window, probe.detach(), mask)
         return (total, *count, report_with_objective(report, mask_sum, figures, model, buckets))
 
@@ -325,7 +335,8 @@ def _evaluate(
     The loss function runs once, on the host's own losses per token; its mask is read as in a
     training step.
     """
-    if window.buckets is None:
+    stats = window.evaluated
+    if window.buckets is None and stats is None:
         return loss_func(output, *args, **kwargs)
     probe = output.detach().requires_grad_()
     with torch.enable_grad():
@@ -333,9 +344,13 @@ def _evaluate(
         share = _share(loss, probe)
     largest = _largest_share(share, bool(count))
     mask = share if largest is None else share / largest
-    figures = {key: x.detach() if isinstance(x, torch.Tensor) else x for key, x in report.items()}
+    report = {key: x.detach() if isinstance(x, torch.Tensor) else x for key, x in report.items()}
     buckets = _bucket_sums(window, output.detach(), mask)
-    return (loss.detach(), *count, report_with_objective(figures, mask.sum(), [], model, buckets))
+    given = {} if stats is None else _figures(stats)
+    figures = {name: masked(given[name], mask).sum() for name in window.report.evaluated}
+    count_of_all = mask.double().sum()
+    report = report_with_objective(report, count_of_all, figures, model, buckets)
+    return (loss.detach(), *count, report)
 
 
 def differentiated(*tensors: Any) -> bool:
@@ -430,13 +445,19 @@ def _sums(config: ObjectiveConfig, stats: TokenLoss, mask: torch.Tensor) -> torc
     """What alpha and report need, in one pass over the tokens, fp64.
 
     Returns:
-        Sums of the mask, and of weight, loss, entropy and, if there is one, distance times the
-        mask; how many tokens that count have no target; how many count negatively.
+        Sums of the mask, and of what `_figures` gives times the mask; how many tokens that count
+        have no target; how many count negatively.
     """
     statistics, _ = dispatch.select(config.backend, mask.device, mask.dtype)
-    figures = [stats.weight, stats.loss.detach(), stats.entropy]
-    figures += [] if stats.emo is None else [stats.emo]
+    figures = [*_figures(stats).values()]
     return beside(statistics).sum_up(mask, stats.valid, stats.nll, stats.entropy, figures)
+
+
+def _figures(stats: TokenLoss) -> dict[str, torch.Tensor]:
+    """What there is to be reported, per token; weight and loss, which alpha needs, first."""
+    figures = {"weight": stats.weight, "loss": stats.loss.detach(), "entropy": stats.entropy}
+    further = {"emo": stats.emo, "accuracy": stats.accuracy}
+    return figures | {name: figure for name, figure in further.items() if figure is not None}
 
 
 def _refuse_broken(broken: torch.Tensor, negative: torch.Tensor) -> None:

@@ -44,6 +44,7 @@ class DeferredLogits:
         group: ProcessGroup,
         vocab_size: int | None,
         inputs: Inputs,
+        accuracy: bool,
     ) -> TokenLoss:
         """What `token_loss` would return, fields [s, b]."""
         return linear_token_loss(
@@ -56,6 +57,7 @@ class DeferredLogits:
             sequence_parallel=self.layer.sequence_parallel,
             gradient_accumulation_fusion=self.layer.gradient_accumulation_fusion,
             inputs=inputs,
+            accuracy=accuracy,
         )
 
     def __getattr__(self, name: str) -> NoReturn:

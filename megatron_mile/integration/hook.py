@@ -152,6 +152,14 @@ def _turned(stats: TokenLoss) -> TokenLoss:
     return TokenLoss._make(x if x is None else x.transpose(0, 1).contiguous() for x in stats)
 
 
+def _evaluated(model: Any, labels: torch.Tensor, logits: torch.Tensor) -> TokenLoss:
+    """Return the statistics [b, s] of logits [s, b, V/tp] that are not trained, padding counted."""
+    group = tp_group(model)
+    check_shard(model, labels, tuple(logits.shape), group)
+    plain = ObjectiveConfig("ce")
+    return _turned(token_loss(logits.detach(), labels.t(), plain, group, accuracy=True))
+
+
 def _window_outside(model: Any) -> Window:
     """Make a window outside of a forward step, which is fine until a backward comes."""
     if models.mtp_heads(model):
@@ -183,27 +191,28 @@ def _make_hook(
         if window is not None and buckets is not None:
             window.buckets = buckets(labels)  # of the last call, the main loss, to stay
         if not differentiated(logits):
+            if window is not None and window.report.evaluated and isinstance(logits, torch.Tensor):
+                window.evaluated = _evaluated(self, labels, logits)  # the host overwrites them
             return host(self, labels, logits)
         window = window or _window_outside(self)
         window.calls += 1
         if window.calls <= models.mtp_heads(self):
             return host(self, labels, logits)
         group = tp_group(self)
+        accuracy = window.report.accuracy
         given = inputs(labels) if inputs else {}
         turned = {name: x.t() if x.dim() else x for name, x in given.items()}
         if isinstance(logits, DeferredLogits):
             check_shard(self, labels, logits.shape(group), group)
-            stats = logits.loss(labels.transpose(0, 1), config, group, vocab_size, turned)
+            stats = logits.loss(labels.transpose(0, 1), config, group, vocab_size, turned, accuracy)
             stats = _turned(stats)
         elif config.definition.needs_cost:
             check_shard(self, labels, tuple(logits.shape), group)
             cost = rows(self, labels) if rows else output_rows(self)
             # Not in place: products are kept where the gradient will lie, or would be made twice.
-            stats = _turned(
-                token_loss(
-                    logits, labels.transpose(0, 1), config, group, vocab_size=vocab_size, cost=cost
-                )
-            )
+            loss = functools.partial(token_loss, cost=cost, accuracy=accuracy)
+            turned_labels = labels.transpose(0, 1)
+            stats = _turned(loss(logits, turned_labels, config, group, vocab_size=vocab_size))
         else:
             check_shard(self, labels, tuple(logits.shape), group)
             loss = functools.partial(
@@ -212,6 +221,7 @@ def _make_hook(
                 tp_group=group,
                 inplace=not logits_are_read(self),
                 vocab_size=vocab_size,
+                accuracy=accuracy,
             )
             if logits.device.type == "cpu":  # which is faster on rows in the order they lie in
                 stats = _turned(loss(logits, labels.transpose(0, 1), inputs=turned))

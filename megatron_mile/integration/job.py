@@ -64,7 +64,9 @@ def hook_job(settings: Namespace, notes: Sequence[tuple[str, str]]) -> None:
             install(config)
         except ValueError as error:
             raise MileError(f"--mile flags: {error}") from error
-        replace(versions.PRETRAIN, functools.partial(_with_forward_step, config))
+        replace(
+            versions.PRETRAIN, functools.partial(_with_forward_step, config, settings.mile_report)
+        )
 
 
 def watch_run() -> None:
@@ -99,11 +101,13 @@ def _with_arguments(host: Callable[..., Any]) -> Callable[..., Any]:
     return add_megatron_arguments
 
 
-def _with_forward_step(config: ObjectiveConfig, host: Callable[..., Any]) -> Callable[..., Any]:
+def _with_forward_step(
+    config: ObjectiveConfig, report: str | None, host: Callable[..., Any]
+) -> Callable[..., Any]:
     def pretrain(*args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(host).bind(*args, **kwargs)
         step = bound.arguments["forward_step_func"]
-        bound.arguments["forward_step_func"] = wrap_forward_step(step, config)
+        bound.arguments["forward_step_func"] = wrap_forward_step(step, config, report)
         return host(*bound.args, **bound.kwargs)
 
     return pretrain

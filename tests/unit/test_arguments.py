@@ -25,6 +25,7 @@ FLAGS = {
     "--mile-fused-linear": False,
     "--mile-emo-cost": "output-layer",
     "--mile-token-frequency": None,
+    "--mile-report": None,
     "--mile-allow-change": False,
     "--mile-cpu": False,
 }
