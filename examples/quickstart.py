@@ -34,7 +34,7 @@ from _toy import BATCH, INITIAL, MODEL, SCHEDULE, SEQUENCE, VOCABULARY, Layout, 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from megatron_mile.objectives import OBJECTIVES
+from megatron_mile.objectives import NEED_INPUTS, OBJECTIVES
 
 ROOT = Path(__file__).resolve().parents[1]
 PROG = "examples/quickstart.py"
@@ -97,6 +97,8 @@ class Quickstart:
         command += ["--mile-objective", objective, *MODEL, *INITIAL, *SCHEDULE, *self.tokenizer]
         command += ["--train-iters", str(self.steps), *self.layout.flags(), "--split", "100,0,0"]
         command += ["--data-path", str(self.train_data)]
+        if objective in NEED_INPUTS:
+            command += ["--mile-token-frequency", str(self.frequency)]
         command += ["--data-cache-path", str(self.out / "data" / "cache")]
         command += ["--tensorboard-dir", str(folder / "tensorboard"), "--ckpt-format", "torch_dist"]
         command += ["--save", str(folder / "checkpoints"), "--save-interval", str(self.steps)]

@@ -31,11 +31,11 @@ def defining_settings(objective: str) -> list[str]:
     names = [setting.name for setting in definition.settings]
     names += [] if definition.weight is None else ["normalize"]
     names += [] if definition.weight_slope is None else ["entropy_grad"]
-    return names + [*taken_by(definition)]
+    return [*names, *taken_by(definition)]
 
 
 def taken_by(objective: Objective) -> tuple[str, ...]:
-    """Name what of `ADDED` an objective takes: smoothing is that of nll, so not of another value."""
+    """Name what of `ADDED` an objective takes: smoothing is of nll, so not of another value."""
     if objective.needs_cost:
         return ()
     return tuple(ADDED) if objective.value is None else ("z_loss",)

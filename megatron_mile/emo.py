@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.nodes import SPENT, NodeSettings, first_order, of_tokens
+from megatron_mile.nodes import SPENT, Given, NodeSettings, first_order, of_tokens, with_hits
 from megatron_mile.objectives import Mix
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.blocks import Coefficients
@@ -183,7 +183,7 @@ def weigh_emo(
     config: ObjectiveConfig,
     shard: VocabShard,
     dtype: torch.dtype,
-    token_weight: torch.Tensor | None = None,
+    given: Given,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss per token and the coefficients of this shard's gradient; one all_gather.
 
@@ -197,11 +197,11 @@ def weigh_emo(
         config: The objective.
         shard: What this rank has of the vocabulary.
         dtype: Of the fields.
-        token_weight: What multiplies the loss, [...]; None for 1.
+        given: Weights of tokens, which multiply the loss, and whether accuracy is wanted.
 
     Returns:
-        (loss, nll, entropy, weight, distance), [5, ...]; and the stacked coefficients, fp64
-        [3, ...].
+        (loss, nll, entropy, weight, distance) and accuracy, [5 or 6, ...]; and the stacked
+        coefficients, fp64 [3, ...].
     """
     m, total, moment, z_y, rest, cost = merge(gather_stats(stats, shard.group))
     nll = torch.logaddexp(rest.log() - (z_y - m), torch.zeros_like(m))
@@ -211,8 +211,8 @@ def weigh_emo(
     mix = config.definition.mix
     assert mix is not None
     mixed, weight = mix(nll, distance, **config.own), torch.ones_like(entropy)
-    if token_weight is not None:
-        weight = of_tokens(token_weight)
+    if given.token_weight is not None:
+        weight = of_tokens(given.token_weight)
         mixed = Mix(*(weight * x for x in mixed))
     loss, of_nll, of_distance = mixed
     fields = torch.stack([loss, nll, entropy, weight, distance])
@@ -223,7 +223,9 @@ def weigh_emo(
     # The backward takes D as rounded here: large tilts must not meet what that leaves out.
     flat = flat - tilt * (distance - distance.to(dtype))
     coefficients = Coefficients(scale * flat, peak, scale * tilt).stack()
-    return fields.masked_fill(~valid, 0).to(dtype), coefficients.masked_fill(~valid, 0)
+    fields = fields.masked_fill(~valid, 0).to(dtype)
+    fields = with_hits(fields, m, z_y, valid) if given.accuracy else fields
+    return fields, coefficients.masked_fill(~valid, 0)
 
 
 class EmoLoss(torch.autograd.Function):
@@ -238,7 +240,7 @@ class EmoLoss(torch.autograd.Function):
         costs: TargetCosts,
     ) -> tuple[torch.Tensor, ...]:
         """Return (loss, nll, entropy, weight, valid, distance) of logits and targets."""
-        config, shard, inplace, ignore_index, _, token_weight = settings
+        config, shard, inplace, ignore_index, given = settings
         ctx.set_materialize_grads(False)
         statistics, _ = dispatch.select(config.backend, logits.device, logits.dtype)
         ctx.implementation, ctx.per_token = dispatch.emo_beside(statistics), beside(statistics)
@@ -256,14 +258,14 @@ class EmoLoss(torch.autograd.Function):
             costs.scale[: shard.columns].to(dtype),
             ctx.kept[inside] if keeps else None,
         )
-        fields, coefficients = weigh_emo(stats, valid, config, shard, dtype, token_weight)
+        fields, coefficients = weigh_emo(stats, valid, config, shard, dtype, given)
         if inplace:
             # Whoever saved the logits must learn now, although the write waits for the backward.
             torch.autograd.graph.increment_version(logits)
-        loss, *others, distance = fields.unbind()
+        loss, nll, entropy, weight, distance, *hits = fields.unbind()
         ctx.save_for_backward(logits, local, stats[0].to(dtype), distance, coefficients)
-        ctx.mark_non_differentiable(*others, valid, distance)
-        return loss, *others, valid, distance
+        ctx.mark_non_differentiable(nll, entropy, weight, valid, distance, *hits)
+        return loss, nll, entropy, weight, valid, distance, *hits
 
     @staticmethod
     @first_order

@@ -17,8 +17,15 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_mile.config import ObjectiveConfig
-from megatron_mile.loss import TokenLoss, as_token_loss, check_dtypes, scale, weigh_shard
-from megatron_mile.nodes import Inputs, check_token_weight, first_order
+from megatron_mile.loss import (
+    TokenLoss,
+    as_token_loss,
+    check_dtypes,
+    check_given,
+    scale,
+    weigh_shard,
+)
+from megatron_mile.nodes import Given, Inputs, first_order
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.per_token import beside
 from megatron_mile.parallel import ProcessGroup, group_size
@@ -39,8 +46,7 @@ class _Settings(NamedTuple):
     chunk_tokens: int
     sequence_parallel: bool
     ignore_index: int
-    inputs: Inputs
-    token_weight: torch.Tensor | None
+    given: Given
 
 
 def linear_token_loss(
@@ -57,6 +63,7 @@ def linear_token_loss(
     gradient_accumulation_fusion: bool = False,
     inputs: Inputs | None = None,
     token_weight: torch.Tensor | None = None,
+    accuracy: bool = False,
 ) -> TokenLoss:
     """Return `token_loss(hidden @ weight.T, targets, ...)` without holding all the logits.
 
@@ -83,25 +90,25 @@ def linear_token_loss(
             its hooks.
         inputs: As in `token_loss`.
         token_weight: As in `token_loss`, of all tokens.
+        accuracy: As in `token_loss`.
 
     Raises:
         ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, or the objective
-            needs cost rows (emo).
+            needs cost rows (emo), or an input that is not given.
     """
     if config.definition.needs_cost:
         raise ValueError(f"objective {config.objective} has no form without logits; use token_loss")
     _check_tensors(hidden, weight, targets, group_size(tp_group) if sequence_parallel else 1)
-    check_token_weight(token_weight, targets)
+    given = Given(inputs or {}, token_weight, accuracy)
+    check_given(config, given, targets)
     if chunk_tokens is None:
         chunk_tokens = block_tokens(weight.size(0), weight.itemsize, weight.device)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; expected 1 or more")
     shard = VocabShard.of(weight.size(0), vocab_range, tp_group, vocab_size)
-    settings = _Settings(
-        config, shard, chunk_tokens, sequence_parallel, ignore_index, inputs or {}, token_weight
-    )
+    settings = _Settings(config, shard, chunk_tokens, sequence_parallel, ignore_index, given)
     main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
-    out = as_token_loss(_LinearLoss.apply(hidden, weight, targets, settings, main_grad))
+    out = as_token_loss(_LinearLoss.apply(hidden, weight, targets, settings, main_grad), config)
     return out._replace(token_weight=token_weight)
 
 
@@ -148,12 +155,12 @@ class _LinearLoss(torch.autograd.Function):
             part = ctx.implementation.token_stats(logits, flat_targets[block], wanted=wanted)
             stats.view(wanted.number, -1)[:, block] = part
         fields, coefficients = weigh_shard(
-            ctx.per_token, stats, valid, config, shard, settings.inputs, settings.token_weight
+            ctx.per_token, stats, valid, config, shard, settings.given
         )
         ctx.save_for_backward(hidden, weight, local, stats[0], coefficients)
-        loss, nll, entropy, weights, *z_loss = fields.unbind()
-        ctx.mark_non_differentiable(nll, entropy, weights, valid)
-        return loss, nll, entropy, weights, valid, *z_loss
+        loss, nll, entropy, weights, *others = fields.unbind()
+        ctx.mark_non_differentiable(nll, entropy, weights, valid, *others[bool(config.z_loss) :])
+        return loss, nll, entropy, weights, valid, *others
 
     @staticmethod
     @first_order

@@ -21,11 +21,13 @@ from megatron_mile.config import ObjectiveConfig
 from megatron_mile.emo import CostRows, EmoLoss, TargetCosts
 from megatron_mile.nodes import (
     SPENT,
+    Given,
     Inputs,
     NodeSettings,
     check_token_weight,
     first_order,
     of_tokens,
+    with_hits,
 )
 from megatron_mile.objectives import NEED_COST
 from megatron_mile.ops import dispatch
@@ -61,6 +63,8 @@ class TokenLoss(NamedTuple):
     None where that is 0."""
     token_weight: torch.Tensor | None = None
     """Weights of tokens as they were given, which `weight` and `loss` contain; else None."""
+    accuracy: torch.Tensor | None = None
+    """1 where the target has the largest logit, alone or with others, else 0; None if not asked."""
 
     def alpha_mode(self, config: ObjectiveConfig) -> str:
         """How alpha is formed: as `config` says, but not none for weights of tokens alone."""
@@ -79,6 +83,7 @@ def token_loss(
     cost: CostRows | TargetCosts | None = None,
     inputs: Inputs | None = None,
     token_weight: torch.Tensor | None = None,
+    accuracy: bool = False,
 ) -> TokenLoss:
     """Return the loss of every token: w(nll, H) * nll, or EMO's; and its z-loss.
 
@@ -87,9 +92,8 @@ def token_loss(
     finite where it is ignored, gets a gradient of exactly 0 whatever its logits and target hold.
 
     Args:
-        logits: [..., V/tp] in fp64, fp32, bf16 or fp16, with any strides. -inf masks an entry;
-            with label smoothing it makes the loss infinite, as in torch, and the gradient stays
-            finite.
+        logits: [..., V/tp] in fp64, fp32, bf16 or fp16, with any strides. -inf masks an entry,
+            and makes the loss (not its gradient) infinite with label smoothing, as in torch.
         targets: Integers, [...]: ids in the whole vocabulary.
         config: The objective.
         tp_group: Tensor-parallel group that shares the vocabulary; None for this rank alone.
@@ -104,31 +108,32 @@ def token_loss(
             columns, as Megatron does.
         cost: This shard's rows of the cost matrix, one for each column of the logits; for the
             objective emo and no other. With what `CostRows.fetch` returned for these targets the
-            exchange of rows has begun earlier. EMO keeps the products of rows where the gradient
-            will lie; with `inplace` there is no such tensor, nor for rows of another dtype than the
-            logits, and the backward makes them again.
+            exchange of rows has begun earlier.
         inputs: What the objective's functions take by name in place of its settings or beside them,
             on the logits' device and without a gradient: 0-d, or a number per token, [...].
         token_weight: Factors >= 0 of the tokens' weights and losses, [...], real or bool, without a
             gradient; ce and emo have an alpha with them. alpha contains them, so that only their
             ratios count unless `normalize` is none. A negative one makes its token's loss NaN.
+        accuracy: Also say whether the target has the largest logit; the logits are not read again.
 
     Raises:
         ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, the logits overlap
-            in memory and `inplace` is set, or the objective lacks a cost or has none.
+            in memory and `inplace` is set, or the objective lacks a cost or an input or takes no
+            cost.
     """
+    given = Given(inputs or {}, token_weight, accuracy)
     _check_tensors(logits, targets)
-    check_token_weight(token_weight, targets)
+    check_given(config, given, targets)
     _check_cost(logits, targets, config, cost)
     _refuse_overlap(logits, inplace)
     shard = VocabShard.of(logits.size(-1), vocab_range, tp_group, vocab_size)
-    settings = NodeSettings(config, shard, inplace, ignore_index, inputs or {}, token_weight)
+    settings = NodeSettings(config, shard, inplace, ignore_index, given)
     if cost is None:
-        out = as_token_loss(_WeightedLoss.apply(logits, targets, settings))
+        results = _WeightedLoss.apply(logits, targets, settings)
     else:
         rows = cost.fetch(targets, tp_group, vocab_range) if isinstance(cost, CostRows) else cost
-        out = TokenLoss(*EmoLoss.apply(logits, targets, settings, rows))
-    return out._replace(token_weight=token_weight)
+        results = EmoLoss.apply(logits, targets, settings, rows)
+    return as_token_loss(results, config)._replace(token_weight=token_weight)
 
 
 def reduce_loss(
@@ -173,8 +178,8 @@ class _WeightedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, settings: NodeSettings
     ) -> tuple[torch.Tensor, ...]:
-        """Return (loss, nll, entropy, weight, valid), and the z-loss if there is one."""
-        config, shard, inplace, ignore_index, inputs, token_weight = settings
+        """Return (loss, nll, entropy, weight, valid), then z-loss and accuracy if there are."""
+        config, shard, inplace, ignore_index, given = settings
         ctx.set_materialize_grads(False)
         ctx.implementation, _ = dispatch.select(config.backend, logits.device, logits.dtype)
         ctx.per_token = beside(ctx.implementation)
@@ -184,16 +189,14 @@ class _WeightedLoss(torch.autograd.Function):
         local, valid = ctx.per_token.locate(targets, shard.start, shard.end, ignore_index)
         inside = logits[..., : shard.columns]
         stats = ctx.implementation.token_stats(inside, local, ctx.consumed, config.wanted)
-        fields, coefficients = weigh_shard(
-            ctx.per_token, stats, valid, config, shard, inputs, token_weight
-        )
+        fields, coefficients = weigh_shard(ctx.per_token, stats, valid, config, shard, given)
         if inplace:
             # Whoever saved the logits must learn now, also if the write waits for the backward.
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(logits, local, stats[0], coefficients)
-        loss, nll, entropy, weight, *z_loss = fields.unbind()
-        ctx.mark_non_differentiable(nll, entropy, weight, valid)
-        return loss, nll, entropy, weight, valid, *z_loss
+        loss, nll, entropy, weight, *others = fields.unbind()
+        ctx.mark_non_differentiable(nll, entropy, weight, valid, *others[bool(config.z_loss) :])
+        return loss, nll, entropy, weight, valid, *others
 
     @staticmethod
     @first_order
@@ -216,10 +219,13 @@ class _WeightedLoss(torch.autograd.Function):
         return out, None, None
 
 
-def as_token_loss(results: tuple[torch.Tensor, ...]) -> TokenLoss:
-    """Return what a node of weighted losses gave: five fields, and the z-loss if there is one."""
-    loss, nll, entropy, weight, valid, *z_loss = results
-    return TokenLoss(loss, nll, entropy, weight, valid, None, *z_loss)
+def as_token_loss(results: tuple[torch.Tensor, ...], config: ObjectiveConfig) -> TokenLoss:
+    """Return what a node gave: five fields, then distance, z-loss and accuracy if there are."""
+    loss, nll, entropy, weight, valid, *others = results
+    emo = others.pop(0) if config.definition.needs_cost else None
+    z_loss = others.pop(0) if config.z_loss else None
+    accuracy = others[0] if others else None
+    return TokenLoss(loss, nll, entropy, weight, valid, emo, z_loss, accuracy=accuracy)
 
 
 def scale(
@@ -238,7 +244,7 @@ def scale(
         config: The objective.
         grads: Gradients of what the node returned, [...] or None; not all None.
     """
-    grad, z_grad = grads[0], grads[-1] if config.z_loss else None
+    grad, z_grad = grads[0], grads[5] if config.z_loss else None
     if grad is None:
         grad = torch.zeros_like(m)
     if z_grad is None and config.z_loss:
@@ -252,8 +258,7 @@ def weigh_shard(
     valid: torch.Tensor,
     config: ObjectiveConfig,
     shard: VocabShard,
-    inputs: Inputs,
-    token_weight: torch.Tensor | None = None,
+    call: Given,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss per token and the coefficients of this shard's gradient; one all_gather.
 
@@ -263,25 +268,27 @@ def weigh_shard(
         valid: bool [...]; other tokens get 0 throughout.
         config: The objective.
         shard: What this rank has of the vocabulary.
-        inputs: As in `token_loss`.
-        token_weight: As in `token_loss`.
+        call: What it has beside logits and targets.
 
     Returns:
-        (loss, nll, entropy, weight) and the z-loss if there is one, [4 or 5, ...] in the dtype of
-        `stats`; and the stacked coefficients, fp64 [2 to 6, ...].
+        (loss, nll, entropy, weight), then z-loss and accuracy if there are, [4 to 6, ...] in the
+        dtype of `stats`; and the stacked coefficients, fp64 [2 to 6, ...].
     """
     joined = per_token.join(gather_stats(stats, shard.group), config.wanted)
     nll, entropy = joined[4:6]
     functions = (config.definition.weight, config.entropy_slope, config.definition.value)
-    given = {**config.own, **inputs}
+    given = {**config.own, **call.inputs}
     if config.definition.needs_squares:
         given["squares"] = joined[-1]
     weight, slope, value = (f if f is None else f(nll, entropy, **given) for f in functions)
-    if token_weight is not None:
-        factor = of_tokens(token_weight)
+    if call.token_weight is not None:
+        factor = of_tokens(call.token_weight)
         slope, value = (x if x is None else x * factor for x in (slope, value))
         weight = factor if weight is None else weight * factor
-    return per_token.weigh(joined, stats[0], weight, slope, valid, config.extras, value)
+    fields, coefficients = per_token.weigh(
+        joined, stats[0], weight, slope, valid, config.extras, value
+    )
+    return with_hits(fields, joined[0], joined[3], valid) if call.accuracy else fields, coefficients
 
 
 def check_dtypes(name: str, values: torch.Tensor, targets: torch.Tensor) -> None:
@@ -290,6 +297,18 @@ def check_dtypes(name: str, values: torch.Tensor, targets: torch.Tensor) -> None
         raise ValueError(f"{name} are {values.dtype}; expected fp64, fp32, bf16 or fp16")
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise ValueError(f"targets are {targets.dtype}; expected integers such as torch.int64")
+
+
+def check_given(config: ObjectiveConfig, given: Given, targets: torch.Tensor) -> None:
+    """Raise ValueError where weights of tokens do not fit, or the objective lacks an input."""
+    check_token_weight(given.token_weight, targets)
+    missing = [name for name in config.definition.inputs if name not in given.inputs]
+    if missing:
+        raise ValueError(
+            f"objective {config.objective} without {', '.join(missing)}; expected "
+            f"inputs={{{missing[0]!r}: a tensor of the targets' shape}}, in a Megatron job from "
+            "--mile-token-frequency or attach(inputs=)"
+        )
 
 
 def _check_tensors(logits: torch.Tensor, targets: torch.Tensor) -> None:

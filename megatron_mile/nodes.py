@@ -21,6 +21,14 @@ Gradients = tuple[torch.Tensor | None, ...]
 Inputs = Mapping[str, torch.Tensor]
 
 
+class Given(NamedTuple):
+    """What a call of `token_loss` has beside logits and targets; see its arguments."""
+
+    inputs: Inputs
+    token_weight: torch.Tensor | None
+    accuracy: bool
+
+
 class NodeSettings(NamedTuple):
     """What a node of `token_loss` needs beside tensors."""
 
@@ -28,8 +36,7 @@ class NodeSettings(NamedTuple):
     shard: VocabShard
     inplace: bool
     ignore_index: int
-    inputs: Inputs
-    token_weight: torch.Tensor | None = None
+    given: Given
 
 
 def check_token_weight(token_weight: torch.Tensor | None, targets: torch.Tensor) -> None:
@@ -52,6 +59,14 @@ def of_tokens(token_weight: torch.Tensor) -> torch.Tensor:
     """Return weights of tokens as factors, fp64 [...]: NaN where they are negative."""
     wide = token_weight.detach().double()
     return wide.masked_fill(wide < 0, torch.nan)
+
+
+def with_hits(
+    fields: torch.Tensor, m: torch.Tensor, z_y: torch.Tensor, valid: torch.Tensor
+) -> torch.Tensor:
+    """Return the fields [n, ...] and 1 where the target's logit is the largest, ties included."""
+    hits = (z_y >= m) & valid  # never where no shard held the target: z_y is NaN there
+    return torch.cat([fields, hits.to(fields.dtype).unsqueeze(0)])
 
 
 def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:

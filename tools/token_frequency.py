@@ -74,7 +74,7 @@ def count_tokens(prefix: str, counts: np.ndarray) -> None:
 
 def summarize(counts: np.ndarray, source: Sequence[str]) -> dict[str, Any]:
     """Build the content of the JSON file from the counts [V] of the data prefixes."""
-    bucket = assign_buckets(counts)
+    bucket = np.array(assign_buckets(counts.tolist()))
     occurrences = [int(counts[bucket == index].sum()) for index in range(len(BUCKETS))]
     sizes = [int((bucket == index).sum()) for index in range(len(BUCKETS))]
     total = sum(occurrences)

@@ -10,14 +10,17 @@ from typing import Any, NoReturn
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.errors import MileError
+from megatron_mile.integration.telemetry import Report
 from megatron_mile.objective_file import FORM, load_objective
-from megatron_mile.objectives import NEED_COST, OBJECTIVES
+from megatron_mile.objectives import NEED_COST, NEED_INPUTS, OBJECTIVES
 
 Namespace = argparse.Namespace
 NO_OBJECTIVE = "none"
 MASK_FLAG = "--mile-mask-padded-vocab"
 FUSED_FLAG = "--mile-fused-linear"
 COST_FLAG = "--mile-emo-cost"
+FREQUENCY_FLAG = "--mile-token-frequency"
+REPORT_FLAG = "--mile-report"
 OUTPUT_LAYER = "output-layer"
 
 
@@ -65,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         f"a Megatron checkpoint folder; of any width; used by {', '.join(NEED_COST)} "
         f"(default {OUTPUT_LAYER})",
     )
+    _add_report_flags(group)
     group.add_argument(
         "--mile-allow-change",
         action="store_true",
@@ -97,6 +101,25 @@ def objective_name(word: str) -> str:
         raise MileError(f"--mile-objective: {error}") from error
 
 
+def _add_report_flags(group: Any) -> None:
+    """Add the flags that change what is logged, and nothing of what is trained."""
+    group.add_argument(
+        FREQUENCY_FLAG,
+        metavar="FILE",
+        help="what tools/token_frequency.py wrote: adds the plain losses of its high, medium and "
+        "low frequency tokens to log and TensorBoard, in training and evaluation; needed by "
+        f"{', '.join(NEED_INPUTS)} (default None)",
+    )
+    group.add_argument(
+        REPORT_FLAG,
+        metavar="LIST",
+        help="figures in log and TensorBoard, with commas between: loss, entropy, weight, emo, "
+        "accuracy the share of tokens whose target has the largest logit; entropy and accuracy "
+        "that are named are reported in evaluation too, which then reads the logits once more; "
+        "None is all but accuracy, in training (default None)",
+    )
+
+
 def given(argv: Sequence[str]) -> list[str]:
     """The --mile-* words of a command line."""
     return [word for word in argv if word.startswith("--mile-")]
@@ -122,6 +145,7 @@ def parse(argv: Sequence[str]) -> Namespace:
         _refuse_without_objective(flags)
     else:
         _refuse_combination(config, flags)
+        Report.of(namespace.mile_report, config)
     return namespace
 
 
@@ -145,6 +169,11 @@ def _refuse_combination(config: ObjectiveConfig, flags: set[str]) -> None:
     objective = config.objective
     own = {_flag(setting.name) for setting in config.definition.settings}
     check_objective(config, FUSED_FLAG in flags)
+    if config.definition.inputs and FREQUENCY_FLAG not in flags:
+        raise MileError(
+            f"--mile-objective {objective} needs {FREQUENCY_FLAG} FILE; make the file with "
+            "tools/token_frequency.py"
+        )
     for other in OBJECTIVES:
         unused = sorted(flag for flag in flags - own if flag.startswith(_flag(other) + "-"))
         if unused and other != objective:
@@ -176,7 +205,7 @@ def _refuse_without_objective(flags: set[str]) -> None:
 
     With an explicit none, settings may stay as they are beside the job that has an objective.
     """
-    of_a_run = {MASK_FLAG, FUSED_FLAG, COST_FLAG}
+    of_a_run = {MASK_FLAG, FUSED_FLAG, COST_FLAG, FREQUENCY_FLAG, REPORT_FLAG}
     settings = {_flag(setting.name) for setting in dataclasses.fields(ObjectiveConfig)}
     useless = flags & (of_a_run if _flag("objective") in flags else of_a_run | settings)
     if useless:

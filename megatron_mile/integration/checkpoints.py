@@ -15,7 +15,7 @@ from megatron_mile.integration.arguments import (
     objective_settings,
 )
 from megatron_mile.integration.telemetry import alpha_scope
-from megatron_mile.objectives import NEED_COST, OBJECTIVES
+from megatron_mile.objectives import NEED_COST, NEED_INPUTS, OBJECTIVES
 from megatron_mile.run_record.data import changed_data
 
 
@@ -64,8 +64,13 @@ def _resumed_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
         settings |= {name: setting.default for name, setting in ADDED.items()}
     mask = is_ours and stored.get("mile_mask_padded_vocab", False)
     cost = stored.get("mile_emo_cost_digest") or OUTPUT_LAYER
-    file = (stored.get("mile_objective_sha256") or "none")[:12]
-    return {**settings, "mask_padded_vocab": mask, "emo_cost": cost, "objective_file": file}
+    return {
+        **settings,
+        "mask_padded_vocab": mask,
+        "emo_cost": cost,
+        "objective_file": (stored.get("mile_objective_sha256") or "none")[:12],
+        "token_frequency": stored.get("mile_token_frequency_digest"),
+    }
 
 
 def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -79,6 +84,7 @@ def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> l
         return [f"objective {objective} -> {now['objective']}"]
     else:
         names = defining_settings(objective) + ["emo_cost"] * (objective in NEED_COST)
+        names += ["token_frequency"] * (objective in NEED_INPUTS)
     return [
         f"{name} {before[name]} -> {now[name]}"
         for name in (*names, "objective_file", "mask_padded_vocab")

@@ -25,13 +25,14 @@ from megatron_mile.errors import MileError
 from megatron_mile.integration.host import METHOD
 from megatron_mile.integration.models import data_group, installed_config, unwrap
 from megatron_mile.integration.refusals import refuse_unequal_microbatches
-from megatron_mile.integration.telemetry import OWN_FIGURES, Z_FIGURES, report_with_objective
+from megatron_mile.integration.telemetry import Report, report_with_objective
+from megatron_mile.integration.token_frequencies import BUCKETS
 from megatron_mile.loss import TokenLoss
 from megatron_mile.nodes import check_token_weight
 from megatron_mile.ops import dispatch
 from megatron_mile.ops.per_token import beside
 from megatron_mile.parallel import ProcessGroup
-from megatron_mile.parallel.tokens import start_normaliser
+from megatron_mile.parallel.tokens import masked, start_normaliser, sum_by_group
 
 LossFunc = Callable[..., tuple[Any, ...]]
 
@@ -109,11 +110,16 @@ class Normalised:
 class Window:
     """One forward step: what the hook has left for its loss function."""
 
-    def __init__(self) -> None:
+    def __init__(self, report: Report = Report()) -> None:  # noqa: B008 - it cannot change
+        self.report = report
         self.calls = 0
         """Losses computed so far, those of multi-token-prediction heads included."""
         self.trained: TrainedLoss | None = None
         self.normalised = Normalised()
+        self.buckets: torch.Tensor | None = None
+        """Index into `BUCKETS` of each label, [b, s], where their losses are to be reported."""
+        self.evaluated: TokenLoss | None = None
+        """Statistics [b, s] of logits that are not trained, where they are to be reported."""
         self.token_weight: torch.Tensor | None = None
         """Weights [b, s] that the step has for its tokens, until the hook takes them."""
 
@@ -232,10 +238,10 @@ def set_token_weight(weights: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _open_window() -> Iterator[Window]:
+def _open_window(report: Report) -> Iterator[Window]:
     """Open the window of one forward step, which may run inside another."""
     global _current
-    outer, _current = _current, Window()
+    outer, _current = _current, Window(report)
     try:
         yield _current
     finally:
@@ -243,7 +249,7 @@ def _open_window() -> Iterator[Window]:
 
 
 def wrap_forward_step(
-    forward_step: Callable[..., Any], config: ObjectiveConfig
+    forward_step: Callable[..., Any], config: ObjectiveConfig, report: str | None = None
 ) -> Callable[..., Any]:
     """Give a Megatron forward step the objective's normaliser and report; the last call holds.
 
@@ -255,14 +261,19 @@ def wrap_forward_step(
             (state, data_iterator, model): the model is the argument of that name, else the first
             that is a torch module.
         config: The objective that `install` or `attach` was given.
+        report: Which figures of ours are reported, with commas between, of loss, entropy, weight,
+            accuracy and emo; None for all but accuracy. Entropy and accuracy that are named are
+            reported in evaluation too, which then reads the logits once more.
 
     Returns:
         A forward step of the same signature. Steps that are differentiated get alpha and the
-        report keys; evaluation passes through untouched. The loss function's loss must be linear
-        in the losses per token, as masks, sums and means are.
+        report keys; evaluation passes through untouched, but for what was asked to be reported.
+        The loss function's loss must be linear in the losses per token, as masks, sums and means
+        are.
     """
+    figures = Report.of(report, config)
     earlier = getattr(forward_step, "__megatron_mile__", None)
-    if earlier == config:
+    if earlier == config and forward_step.__megatron_mile_report__ == figures:  # type: ignore[attr-defined]
         return forward_step
     if earlier is not None:
         forward_step = forward_step.__wrapped__  # type: ignore[attr-defined]
@@ -271,7 +282,7 @@ def wrap_forward_step(
 
     @functools.wraps(forward_step)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with _open_window() as window:
+        with _open_window(figures) as window:
             output, loss_func = forward_step(*args, **kwargs)
         if loss_func is None:
             return output, loss_func
@@ -282,6 +293,7 @@ def wrap_forward_step(
         return output, functools.partial(reduction, loss_func, window, model)
 
     wrapped.__megatron_mile__ = config  # type: ignore[attr-defined]
+    wrapped.__megatron_mile_report__ = figures  # type: ignore[attr-defined]
     return wrapped
 
 
@@ -338,18 +350,20 @@ class _Reduction:
         **kwargs: Any,
     ) -> Any:
         """Do what `loss_func(output_tensor)` does, with the objective where it is a training."""
-        if not _is_training(window, output_tensor) or kwargs.get("non_loss_data"):
+        if kwargs.get("non_loss_data"):
             return loss_func(output_tensor, *args, **kwargs)
+        if not _is_training(window, output_tensor):
+            return _evaluate(loss_func, window, model, output_tensor, *args, **kwargs)
         stats = window.take(model, self.config, output_tensor)
         probe = _without_unowned(output_tensor.detach(), stats.entropy).requires_grad_()
         # A copy, because the host may work in place.
         loss, *count, report = _results(loss_func(probe.clone(), *args, **kwargs))
         share = _share(loss, probe)
-        # A mean has divided the mask by its sum.
-        largest_share = None if count else share.max().clamp(min=torch.finfo(share.dtype).tiny)
+        largest_share = _largest_share(share, bool(count))
         mask = share if largest_share is None else share / largest_share
         sums = _sums(self.config, stats, mask)
-        mask_sum, weights, losses, entropies, *others, broken, negative = sums
+        mask_sum, *reported, broken, negative = sums
+        named = dict(zip(_figures(stats), reported, strict=True))
         mode = stats.alpha_mode(self.config)
         waiting = start_normaliser(sums[:2], mode, _alpha_group(model, mode))
         if not self.checked:
@@ -360,15 +374,43 @@ class _Reduction:
         # Only now, because the ranks meet here. A later step in which something is broken ends in
         # NaN, because a look at it would wait for the device.
         alpha = waiting().masked_fill_(sums[-2:].any(), torch.nan)
-        trained, names = alpha * losses, OWN_FIGURES
+        trained = alpha * named["loss"]
         if stats.z_loss is not None:
-            trained, names = trained + others[0], Z_FIGURES
+            trained = trained + named["z loss"]
+        named["loss"] = trained
         value = trained if largest_share is None else trained * largest_share
         total = _Objective.apply(output_tensor, share, alpha, value, stats.z_loss)
         if has_other_leaves:
             total = total + (loss - (share * probe.detach()).sum())
-        figures = [trained, entropies, weights, *others]
-        return (total, *count, report_with_objective(report, mask_sum, figures, model, names))
+        figures = {name: named[name] for name in window.report.trained if name in named}
+        buckets = _bucket_sums(window, probe.detach(), mask)
+        return (total, *count, report_with_objective(report, mask_sum, figures, model, buckets))
+
+
+def _evaluate(
+    loss_func: LossFunc, window: Window, model: Any, output: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Do what `loss_func(output)` does where nothing is trained, and report the buckets' losses.
+
+    The loss function runs once, on the host's own losses per token; its mask is read as in a
+    training step.
+    """
+    stats = window.evaluated
+    if window.buckets is None and stats is None:
+        return loss_func(output, *args, **kwargs)
+    probe = output.detach().requires_grad_()
+    with torch.enable_grad():
+        loss, *count, report = _results(loss_func(probe.clone(), *args, **kwargs))
+        share = _share(loss, probe)
+    largest = _largest_share(share, bool(count))
+    mask = share if largest is None else share / largest
+    report = {key: x.detach() if isinstance(x, torch.Tensor) else x for key, x in report.items()}
+    buckets = _bucket_sums(window, output.detach(), mask)
+    given = {} if stats is None else _figures(stats)
+    figures = {name: masked(given[name], mask).sum() for name in window.report.evaluated}
+    count_of_all = mask.double().sum()
+    report = report_with_objective(report, count_of_all, figures, model, buckets)
+    return (loss.detach(), *count, report)
 
 
 def differentiated(*tensors: Any) -> bool:
@@ -432,6 +474,18 @@ def _share(loss: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
     return share
 
 
+def _largest_share(share: torch.Tensor, is_sum: bool) -> torch.Tensor | None:
+    """What makes shares a mask again where the loss is a mean, which has divided it; else None."""
+    return None if is_sum else share.max().clamp(min=torch.finfo(share.dtype).tiny)
+
+
+def _bucket_sums(window: Window, nll: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+    """Return (sum of nll, count) of each bucket, fp64 [3, 2]; None where nobody asked."""
+    if window.buckets is None:
+        return None
+    return sum_by_group(nll, mask, window.buckets, len(BUCKETS))
+
+
 def _has_other_leaves(loss: torch.Tensor, probe: torch.Tensor) -> bool:
     """Whether the host's loss also trains what is not its losses per token, as a loss it adds."""
     nodes: list[Any] = [loss.grad_fn]
@@ -451,13 +505,19 @@ def _sums(config: ObjectiveConfig, stats: TokenLoss, mask: torch.Tensor) -> torc
     """What alpha and report need, in one pass over the tokens, fp64.
 
     Returns:
-        Sums of the mask, and of weight, loss, entropy and, if there is one, distance or z-loss
-        times the mask; how many tokens that count have no target; how many count negatively.
+        Sums of the mask, and of what `_figures` gives times the mask; how many tokens that count
+        have no target; how many count negatively.
     """
     statistics, _ = dispatch.select(config.backend, mask.device, mask.dtype)
-    figures = [stats.weight, stats.loss.detach(), stats.entropy]
-    figures += [x.detach() for x in (stats.emo, stats.z_loss) if x is not None]
+    figures = [*_figures(stats).values()]
     return beside(statistics).sum_up(mask, stats.valid, stats.nll, stats.entropy, figures)
+
+
+def _figures(stats: TokenLoss) -> dict[str, torch.Tensor]:
+    """What there is to be reported, per token; weight and loss, which alpha needs, first."""
+    figures = {"weight": stats.weight, "loss": stats.loss.detach(), "entropy": stats.entropy}
+    further = {"emo": stats.emo, "z loss": stats.z_loss, "accuracy": stats.accuracy}
+    return figures | {name: x.detach() for name, x in further.items() if x is not None}
 
 
 def _refuse_broken(broken: torch.Tensor, negative: torch.Tensor) -> None:

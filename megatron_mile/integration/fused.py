@@ -19,7 +19,6 @@ from megatron_mile.integration.arguments import FUSED_FLAG as FLAG
 from megatron_mile.integration.forward import current_window, differentiated
 from megatron_mile.linear import linear_token_loss
 from megatron_mile.loss import TokenLoss
-from megatron_mile.nodes import Inputs
 from megatron_mile.parallel import ProcessGroup
 
 
@@ -43,10 +42,9 @@ class DeferredLogits:
         config: ObjectiveConfig,
         group: ProcessGroup,
         vocab_size: int | None,
-        inputs: Inputs,
-        token_weight: torch.Tensor | None,
+        **given: Any,
     ) -> TokenLoss:
-        """What `token_loss` would return, fields [s, b]."""
+        """What `token_loss` would return with `given` of its arguments, fields [s, b]."""
         return linear_token_loss(
             self.hidden,
             self.weight,
@@ -56,8 +54,7 @@ class DeferredLogits:
             vocab_size=vocab_size,
             sequence_parallel=self.layer.sequence_parallel,
             gradient_accumulation_fusion=self.layer.gradient_accumulation_fusion,
-            inputs=inputs,
-            token_weight=token_weight,
+            **given,
         )
 
     def __getattr__(self, name: str) -> NoReturn:

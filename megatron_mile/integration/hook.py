@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ from megatron_mile.loss import TokenLoss, token_loss
 from megatron_mile.ops import dispatch
 
 InputsOf = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+BucketsOf = Callable[[torch.Tensor], torch.Tensor]
 
 # What takes back what `attach` did to a model; a callback gets the model, so that it holds none.
 _undo: weakref.WeakKeyDictionary[Any, list[Callable[[Any], None]]] = weakref.WeakKeyDictionary()
@@ -78,6 +79,7 @@ def attach(
     fused_linear: bool = False,
     cost: CostRows | None = None,
     inputs: InputsOf | None = None,
+    buckets: BucketsOf | None = None,
 ) -> None:
     """Patch one model instance, wrapped or not, or each chunk of a list; the last call holds.
 
@@ -90,6 +92,8 @@ def attach(
             (`linear_token_loss`), so that the logits never exist as a whole in training; not emo.
         cost: This rank's rows of EMO's fixed cost matrix; None for the output layer in each step.
         inputs: What gives `token_loss` its `inputs` for labels [b, s]; 0-d, or [b, s].
+        buckets: What gives the index into `BUCKETS` of labels [b, s], as `FrequencyTables.buckets`;
+            their plain losses are then reported, in training and evaluation.
 
     Raises:
         MileCompatError: Megatron's output layer is not as expected (with `fused_linear`).
@@ -111,7 +115,7 @@ def attach(
             ahead = RowsAhead(module, cost)
             rows = ahead.take
             undo.append(ahead.stop)
-        hook = _make_hook(_host(type(module)), config, vocab_size, rows, inputs)
+        hook = _make_hook(_host(type(module)), config, vocab_size, rows, inputs, buckets)
         module.__dict__[METHOD] = types.MethodType(hook, module)
         undo.append(lambda model: model.__dict__.pop(METHOD, None))
 
@@ -148,6 +152,16 @@ def _turned(stats: TokenLoss) -> TokenLoss:
     return TokenLoss._make(x if x is None else x.transpose(0, 1).contiguous() for x in stats)
 
 
+def _turned_arguments(
+    inputs: Mapping[str, torch.Tensor], token_weight: torch.Tensor | None
+) -> dict[str, Any]:
+    """Return what `token_loss` takes per token, [b, s], as [s, b]."""
+    return {
+        "inputs": {name: x.t() if x.dim() else x for name, x in inputs.items()},
+        "token_weight": token_weight if token_weight is None else token_weight.t(),
+    }
+
+
 class _MainLoss(NamedTuple):
     """How a step's main loss is computed: the settings of the hook."""
 
@@ -161,35 +175,50 @@ class _MainLoss(NamedTuple):
         model: Any,
         labels: torch.Tensor,
         logits: torch.Tensor | DeferredLogits,
-        weight: torch.Tensor | None,
+        window: Window,
     ) -> TokenLoss:
-        """Return the loss per token, fields [b, s], of labels [b, s] and logits [s, b, V/tp].
-
-        `weight` [b, s] is what `set_token_weight` was given.
-        """
+        """Return the loss per token, fields [b, s], of labels [b, s] and logits [s, b, V/tp]."""
         group = tp_group(model)
         shape = logits.shape(group) if isinstance(logits, DeferredLogits) else tuple(logits.shape)
         check_shard(model, labels, shape, group)
-        given = self.inputs(labels) if self.inputs else {}
-        turned = {name: x.t() if x.dim() else x for name, x in given.items()}
-        weight_turned = weight if weight is None else weight.t()
+        given: dict[str, Any] = {
+            "inputs": self.inputs(labels) if self.inputs else {},
+            "token_weight": window.take_token_weight(labels),
+            "accuracy": window.report.accuracy,
+        }
+        turned = {**given, **_turned_arguments(given["inputs"], given["token_weight"])}
         if isinstance(logits, DeferredLogits):
-            stats = logits.loss(
-                labels.t(), self.config, group, self.vocab_size, turned, weight_turned
-            )
-            return _turned(stats)
+            return _turned(logits.loss(labels.t(), self.config, group, self.vocab_size, **turned))
         loss = functools.partial(
             token_loss, config=self.config, tp_group=group, vocab_size=self.vocab_size
         )
         if self.config.definition.needs_cost:
             cost = self.rows(model, labels) if self.rows else output_rows(model)
             # Not in place: products are kept where the gradient will lie, or would be made twice.
-            return _turned(loss(logits, labels.t(), cost=cost, token_weight=weight_turned))
+            return _turned(loss(logits, labels.t(), cost=cost, **turned))
         loss = functools.partial(loss, inplace=not logits_are_read(model))
         if logits.device.type == "cpu":  # which is faster on rows in the order they lie in
-            return _turned(loss(logits, labels.t(), inputs=turned, token_weight=weight_turned))
+            return _turned(loss(logits, labels.t(), **turned))
         # Nothing per token needs to be turned, which would be a launch for each field.
-        return loss(logits.transpose(0, 1), labels, inputs=given, token_weight=weight)
+        return loss(logits.transpose(0, 1), labels, **given)
+
+
+def _evaluated(model: Any, labels: torch.Tensor, logits: torch.Tensor) -> TokenLoss:
+    """Return the statistics [b, s] of logits [s, b, V/tp] that are not trained, padding counted."""
+    group = tp_group(model)
+    check_shard(model, labels, tuple(logits.shape), group)
+    plain = ObjectiveConfig("ce")
+    return _turned(token_loss(logits.detach(), labels.t(), plain, group, accuracy=True))
+
+
+def _window_outside(model: Any) -> Window:
+    """Make a window outside of a forward step, which is fine until a backward comes."""
+    if models.mtp_heads(model):
+        raise MileError(
+            "a model with multi-token prediction needs its forward_step wrapped, so that its "
+            "main loss can be told from the others: use megatron_mile.wrap_forward_step"
+        )
+    return Window()
 
 
 def _make_hook(
@@ -198,6 +227,7 @@ def _make_hook(
     vocab_size: int | None = None,
     rows: Callable[..., Any] | None = None,
     inputs: InputsOf | None = None,
+    buckets: BucketsOf | None = None,
 ) -> Callable[..., Any]:
     """Build the method that replaces `host`; `rows` gives EMO's cost for (model, labels)."""
     main_loss = _MainLoss(config, vocab_size, rows, inputs)
@@ -210,21 +240,19 @@ def _make_hook(
         In training with the gradient of the weighted loss.
         """
         window = current_window()
+        if window is not None and buckets is not None:
+            window.buckets = buckets(labels)  # of the last call, the main loss, to stay
         if not differentiated(logits):
             if window is not None:
                 window.token_weight = None  # evaluation has no weights
+                if window.report.evaluated and isinstance(logits, torch.Tensor):
+                    window.evaluated = _evaluated(self, labels, logits)  # the host overwrites them
             return host(self, labels, logits)
-        if window is None and models.mtp_heads(self):
-            raise MileError(
-                "a model with multi-token prediction needs its forward_step wrapped, so that its "
-                "main loss can be told from the others: use megatron_mile.wrap_forward_step"
-            )
-        window = window or Window()  # outside a forward step: fine until a backward comes
+        window = window or _window_outside(self)
         window.calls += 1
         if window.calls <= models.mtp_heads(self):
             return host(self, labels, logits)
-        weight = window.take_token_weight(labels)
-        return window.put(main_loss.stats(self, labels, logits, weight), config)
+        return window.put(main_loss.stats(self, labels, logits, window), config)
 
     compute_language_model_loss.__wrapped__ = host  # type: ignore[attr-defined]
     compute_language_model_loss.__megatron_mile__ = config  # type: ignore[attr-defined]

@@ -33,6 +33,12 @@ from megatron_mile.integration.refusals import (
     refuse_smoothed_padding,
 )
 from megatron_mile.integration.telemetry import alpha_scope, describe, start_block
+from megatron_mile.integration.token_frequencies import (
+    FrequencyTables,
+    TokenFrequencies,
+    check_vocabulary,
+    read_frequencies,
+)
 from megatron_mile.linear import block_bytes, block_tokens
 from megatron_mile.objective_file import SOURCES
 from megatron_mile.ops import dispatch
@@ -60,7 +66,9 @@ def hook_job(settings: Namespace, notes: Sequence[tuple[str, str]]) -> None:
             install(config)
         except ValueError as error:
             raise MileError(f"--mile flags: {error}") from error
-        replace(versions.PRETRAIN, functools.partial(_with_forward_step, config))
+        replace(
+            versions.PRETRAIN, functools.partial(_with_forward_step, config, settings.mile_report)
+        )
 
 
 def watch_run() -> None:
@@ -95,11 +103,13 @@ def _with_arguments(host: Callable[..., Any]) -> Callable[..., Any]:
     return add_megatron_arguments
 
 
-def _with_forward_step(config: ObjectiveConfig, host: Callable[..., Any]) -> Callable[..., Any]:
+def _with_forward_step(
+    config: ObjectiveConfig, report: str | None, host: Callable[..., Any]
+) -> Callable[..., Any]:
     def pretrain(*args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(host).bind(*args, **kwargs)
         step = bound.arguments["forward_step_func"]
-        bound.arguments["forward_step_func"] = wrap_forward_step(step, config)
+        bound.arguments["forward_step_func"] = wrap_forward_step(step, config, report)
         return host(*bound.args, **bound.kwargs)
 
     return pretrain
@@ -117,11 +127,12 @@ def _with_checks(
         if source := SOURCES.get(get_args().mile_objective):
             get_args().mile_objective_sha256 = source.sha256  # stored with the checkpoint
         matrix = _read_cost(get_args())
+        frequencies = _read_frequencies(get_args())
         built = host(*args, **kwargs)
         if config is not None:
             refuse_replaced_loss(get_args())
             refuse_models(built[0])
-            _attach(built[0], config, get_args(), matrix)
+            _attach(built[0], config, get_args(), matrix, frequencies)
         print_rank_0(start_block([*_objective_lines(get_args(), built[0][-1], config), *notes]))
         return built
 
@@ -137,17 +148,28 @@ def _read_cost(args: Namespace) -> torch.Tensor | None:
     return matrix
 
 
+def _read_frequencies(args: Namespace) -> TokenFrequencies | None:
+    """Read the token frequencies, if there are any, and note them as the matrix above."""
+    if args.mile_token_frequency is None:
+        return None
+    frequencies = read_frequencies(args.mile_token_frequency)
+    args.mile_token_frequency_digest = frequencies.digest
+    return frequencies
+
+
 def _attach(
     chunks: Sequence[Any],
     config: ObjectiveConfig,
     args: Namespace,
     matrix: torch.Tensor | None,
+    frequencies: TokenFrequencies | None,
 ) -> None:
     """Set up what concerns the built models rather than their class."""
     from megatron.training import get_tokenizer
 
     smoothed = bool(config.label_smoothing)
-    needs_size = args.mile_mask_padded_vocab or matrix is not None or smoothed
+    needs_size = args.mile_mask_padded_vocab or smoothed
+    needs_size = needs_size or matrix is not None or frequencies is not None
     words: Any = get_tokenizer().vocab_size if needs_size else None
     vocab_size = words if args.mile_mask_padded_vocab else None
     for chunk in chunks:
@@ -158,8 +180,15 @@ def _attach(
             check_matrix(matrix, words, unwrap(chunk).vocab_size)
             if getattr(unwrap(chunk), "post_process", True):
                 cost = fixed_rows(matrix, words, chunk)
-        if config.definition.needs_cost or vocab_size or args.mile_fused_linear:
-            attach(chunk, config, vocab_size, args.mile_fused_linear, cost)
+        buckets = inputs = None
+        if frequencies is not None:
+            columns = unwrap(chunk).vocab_size
+            check_vocabulary(frequencies, args.mile_token_frequency, words, columns)
+            device = next(unwrap(chunk).parameters()).device
+            tables = FrequencyTables(frequencies, columns, device)
+            buckets, inputs = tables.buckets, tables.inputs if config.definition.inputs else None
+        if config.definition.needs_cost or vocab_size or args.mile_fused_linear or buckets:
+            attach(chunk, config, vocab_size, args.mile_fused_linear, cost, inputs, buckets)
 
 
 def _objective_lines(
@@ -182,6 +211,7 @@ def _objective_lines(
         *_source_lines(config),
         ("alpha", alpha_scope(vars(args), config.alpha_mode)),
         *_cost_lines(args, config),
+        *_frequency_lines(args),
         ("backend", dispatch.select(config.backend, device)[1]),
         ("projection", fused if args.mile_fused_linear else "the host's"),
         ("vocabulary", f"{columns} padded, {shard} on each TP rank; padding {padding}"),
@@ -207,3 +237,11 @@ def _cost_lines(args: Namespace, config: ObjectiveConfig) -> list[tuple[str, str
     if args.mile_emo_cost == arguments.OUTPUT_LAYER:
         return [("cost rows", "the output layer's, as they are in each step")]
     return [("cost rows", f"{args.mile_emo_cost}, sha256 {args.mile_emo_cost_digest[:12]}")]
+
+
+def _frequency_lines(args: Namespace) -> list[tuple[str, str]]:
+    """Say which token frequencies there are."""
+    if args.mile_token_frequency is None:
+        return []
+    digest = args.mile_token_frequency_digest[:12]
+    return [("frequencies", f"{args.mile_token_frequency}, sha256 {digest}")]

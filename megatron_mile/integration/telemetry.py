@@ -3,25 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_mile.config import ADDED, ObjectiveConfig
+from megatron_mile.errors import MileError
 from megatron_mile.integration.models import data_group
+from megatron_mile.integration.token_frequencies import BUCKETS
 from megatron_mile.parallel.tokens import sum_over_ranks
 
 LM_LOSS = "lm loss"
-OWN_FIGURES = ("mile loss", "mile entropy", "mile weight", "mile emo")
-Z_FIGURES = (*OWN_FIGURES[:3], "mile z loss")
+# Ours, as "mile loss" and so on: all but accuracy are reported where nobody says otherwise.
+FIGURES = ("loss", "entropy", "weight", "emo", "z loss", "accuracy")
+OF_BUCKETS = tuple(f"{LM_LOSS} {bucket}" for bucket in BUCKETS)
+# Takes the place of a count of 0, by which the host would divide; any other count is the same
+# number with and without it, in fp32 and fp64, so that figures are 0 where there is no token.
+_NO_TOKENS = 1e-30
+
+
+class Report(NamedTuple):
+    """Which of `FIGURES` are reported."""
+
+    trained: tuple[str, ...] = FIGURES[:-1]
+    """In training, where there are such; in this order."""
+    evaluated: tuple[str, ...] = ()
+    """In evaluation, for which its logits are read once more."""
+
+    @property
+    def accuracy(self) -> bool:
+        """Whether a training step needs it."""
+        return "accuracy" in self.trained
+
+    @classmethod
+    def of(cls, names: str | None, config: ObjectiveConfig) -> Report:
+        """Read a list with commas between; None is the default.
+
+        Entropy and accuracy that are asked for are reported in evaluation too.
+
+        Raises:
+            MileError: A name is unknown, or the objective has no such figure.
+        """
+        if names is None:
+            return cls()
+        wanted = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
+        absent = {"emo": not config.definition.needs_cost, "z loss": not config.z_loss}
+        known = [name for name in FIGURES if not absent.get(name)]
+        if unknown := [name for name in wanted if name not in known]:
+            raise MileError(
+                f"--mile-report {names}: {config.objective} has no {unknown[0]!r}; expected some "
+                f"of {', '.join(known)}, with commas between"
+            )
+        return cls(wanted, tuple(name for name in wanted if name in ("entropy", "accuracy")))
 
 
 def report_with_objective(
     report: dict[str, Any],
     count: torch.Tensor,
-    figures: Sequence[torch.Tensor],
+    figures: Mapping[str, torch.Tensor],
     model: Any,
-    names: Sequence[str] = OWN_FIGURES,
+    buckets: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """Add the objective's own figures to the host's report of plain cross-entropy.
 
@@ -34,23 +75,30 @@ def report_with_objective(
     Args:
         report: What the host's loss function reported of plain cross-entropy.
         count: Sum of this rank's mask, fp64 0-d, as each figure.
-        figures: Sums over this rank's tokens, times the mask, in the order of `names`: what is
-            differentiated, the entropy, the weight, and the distance or the z-loss if there is one.
+        figures: Sums over this rank's tokens, times the mask, by their names in `FIGURES`.
         model: The model that was run, wrapped or not.
-        names: Of the figures; there may be more of them.
+        buckets: Sum of plain cross-entropy and of the mask in each of `BUCKETS`, fp64 [3, 2].
 
     Returns:
-        The report as it was, followed by "mile loss" (what is differentiated, with its z-loss),
-        "mile entropy" (nats), "mile weight", and "mile emo", the distance, or "mile z loss" if
-        there is one.
+        The report as it was, followed by the figures, as "mile loss" (what is differentiated, with
+        its z-loss), "mile entropy" (nats), "mile weight", "mile emo" (the distance), "mile z loss",
+        "mile accuracy"; then "lm loss high" and so on, with their own counts, if there are buckets,
+        0 for one without tokens.
     """
     host = report.get(LM_LOSS, next(iter(report.values()), None))
     # In pairs, so that [sum, count] of all figures are made at once.
-    pairs = torch.stack([value for total in figures for value in (total, count)])
+    given = [value for total in figures.values() for value in (total, count)]
+    names = tuple(f"mile {name}" for name in figures)
+    if buckets is not None:
+        given += torch.stack([buckets[:, 0], buckets[:, 1].clamp(min=_NO_TOKENS)], 1).view(-1)
+        names += OF_BUCKETS
+    if not given:
+        return report
+    pairs = torch.stack(given)
     if not _is_sum_of_this_rank(host):
         pairs = sum_over_ranks(pairs, data_group(model))
     ours = (_in_form_of(host, pair) for pair in pairs.float().view(-1, 2).unbind())
-    return {**report, **dict(zip(names, ours, strict=False))}
+    return {**report, **dict(zip(names, ours, strict=True))}
 
 
 def _is_sum_of_this_rank(host: Any) -> bool:

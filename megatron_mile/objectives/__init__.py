@@ -10,7 +10,7 @@ from importlib import import_module
 
 from megatron_mile.objectives._objective import Mix, Objective, Setting
 
-__all__ = ["NEED_COST", "OBJECTIVES", "Mix", "Objective", "Setting"]
+__all__ = ["NEED_COST", "NEED_INPUTS", "OBJECTIVES", "Mix", "Objective", "Setting"]
 
 
 def _find() -> dict[str, Objective]:
@@ -24,3 +24,4 @@ def _find() -> dict[str, Objective]:
 
 OBJECTIVES = _find()
 NEED_COST = tuple(name for name, objective in OBJECTIVES.items() if objective.needs_cost)
+NEED_INPUTS = tuple(name for name, objective in OBJECTIVES.items() if objective.inputs)

@@ -65,6 +65,8 @@ class Objective:
     paper: str = ""
     settings: tuple[Setting, ...] = ()
     """Its own; the same object where another objective has it too."""
+    inputs: tuple[str, ...] = ()
+    """What its functions take by name beside settings: a number for each token, from the job."""
     weight: Callable[..., torch.Tensor] | None = None
     """(nll, H, settings) -> w; None where it is 1 for every token, so that alpha is 1 too."""
     weight_slope: Callable[..., torch.Tensor] | None = None

@@ -85,6 +85,25 @@ def _ratio(sums: torch.Tensor) -> torch.Tensor:
     return (sums[0] / sums[1]).masked_fill_((sums == 0).any(), 1)
 
 
+def sum_by_group(
+    values: torch.Tensor, mask: torch.Tensor, groups: torch.Tensor, number: int
+) -> torch.Tensor:
+    """Return the sums of mask * values and of the mask over the tokens of each group.
+
+    Args:
+        values: [...]; tokens with mask 0 add exactly 0, NaN or not.
+        mask: Part of each token, [...].
+        groups: Which group a token is of, integers [...].
+        number: Of groups.
+
+    Returns:
+        fp64 [number, 2], always in the same order of additions.
+    """
+    parts = torch.stack([masked(values, mask), mask.double()], -1).view(-1, 1, 2)
+    is_of = groups.reshape(-1, 1, 1) == torch.arange(number, device=groups.device).unsqueeze(-1)
+    return torch.where(is_of, parts, 0).sum(0)
+
+
 def sum_over_ranks(sums: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
     """Add `sums` up over the ranks of `group`, in place; None for this rank alone."""
     if group_size(group) > 1:

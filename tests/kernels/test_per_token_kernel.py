@@ -184,7 +184,7 @@ def test_locate_repeats_plain_torch(dtype: torch.dtype) -> None:
                 assert ours.is_contiguous()
 
 
-@pytest.mark.parametrize("figures", [0, 1, 3, 4])
+@pytest.mark.parametrize("figures", [0, 1, 3, 4, 5, 9])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_sum_up_repeats_plain_torch(tokens: int, figures: int) -> None:
     mask = torch.rand(tokens, device=DEVICE) * (torch.rand(tokens, device=DEVICE) > 0.3)

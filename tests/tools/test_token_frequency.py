@@ -45,7 +45,7 @@ def brute_force_buckets(counts: list[int]) -> list[int]:
 # Small counts make ties and zeros common; large ones would show rounding.
 @given(st.lists(st.one_of(st.integers(0, 3), st.integers(0, 10**12)), min_size=1).filter(any))
 def test_assign_buckets_equals_brute_force(counts: list[int]) -> None:
-    assert assign_buckets(np.array(counts, dtype=np.int64)).tolist() == brute_force_buckets(counts)
+    assert assign_buckets(counts) == brute_force_buckets(counts)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_assign_buckets_equals_brute_force(counts: list[int]) -> None:
 def test_assign_buckets_border_belongs_to_the_rarer_bucket(
     counts: list[int], expected: list[int]
 ) -> None:
-    assert assign_buckets(np.array(counts)).tolist() == expected
+    assert assign_buckets(counts) == expected
 
 
 # 7: blocks end inside documents and the last is short; 2**22: one block. 65500: 4-byte tokens.
@@ -228,4 +228,13 @@ def test_load_buckets_refuses_other_files(content: str, tmp_path: Path) -> None:
     path = tmp_path / "buckets.json"
     path.write_text(content)
     with pytest.raises(ToolError, match="not a token frequency file; make it with"):
+        load_buckets(path)
+
+
+def test_load_buckets_names_a_missing_file_and_a_negative_count(tmp_path: Path) -> None:
+    path = tmp_path / "buckets.json"
+    with pytest.raises(ToolError, match=r"buckets\.json: No such file or directory; make it with"):
+        load_buckets(path)
+    path.write_text(_frequencies(counts=[5, 90, -1, 6]))
+    with pytest.raises(ToolError, match="token 2 has the count -1; expected 0 or more"):
         load_buckets(path)

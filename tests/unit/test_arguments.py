@@ -21,12 +21,16 @@ FLAGS = {
     "--mile-emo-mode": "1",
     "--mile-emo-gt-q": False,
     "--mile-emo-cap": 0.0,
+    "--mile-frequency-exponent": 1.0,
+    "--mile-frequency-eps": 1e-7,
     "--mile-power-q": 1.0,
     "--mile-label-smoothing": 0.0,
     "--mile-z-loss": 0.0,
     "--mile-mask-padded-vocab": False,
     "--mile-fused-linear": False,
     "--mile-emo-cost": "output-layer",
+    "--mile-token-frequency": None,
+    "--mile-report": None,
     "--mile-allow-change": False,
     "--mile-cpu": False,
 }
@@ -62,6 +66,10 @@ def test_help_of_each_flag_gives_default_and_of_numbers_unit_and_range() -> None
         ("eaft", ["normalize", "entropy_grad", "eaft_scale", "eaft_exponent"]),
         ("power", ["normalize", "power_q"]),
         ("emo", ["emo_mode", "emo_gt_q", "emo_cap"]),
+        (
+            "frequency",
+            ["normalize", "frequency_exponent", "frequency_eps", "token_frequency_digest"],
+        ),
     ],
 )
 def test_changed_settings_are_those_that_define_the_objective(
@@ -71,6 +79,7 @@ def test_changed_settings_are_those_that_define_the_objective(
     others |= {"entropy_grad": True, "backend": "torch"}
     others |= {"eaft_scale": 2.0, "eaft_exponent": 2.0, "power_q": 0.5}
     others |= {"emo_mode": "2", "emo_gt_q": True, "emo_cap": 3.0}
+    others |= {"frequency_exponent": 2.0, "frequency_eps": 0.1, "token_frequency_digest": "1f"}
     stored = {"mile_objective": objective}
     found = [
         name

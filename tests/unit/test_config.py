@@ -26,6 +26,8 @@ def test_config_has_its_fields_in_order_with_the_papers_setting() -> None:
         ("emo_mode", "1"),
         ("emo_gt_q", False),
         ("emo_cap", 0.0),
+        ("frequency_exponent", 1.0),
+        ("frequency_eps", 1e-7),
         ("power_q", 1.0),
         ("label_smoothing", 0.0),
         ("z_loss", 0.0),

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.helpers import IGNORED, MILE, WEIGHTED, assert_close, oracle, run_loss
+from support.helpers import IGNORED, MILE, WEIGHTED, assert_close, inputs_for, oracle, run_loss
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_mile.config import ObjectiveConfig
@@ -257,7 +257,8 @@ def test_forward_on_a_gpu_stays_there(objective: str, normalize: str, inplace: b
         logits = torch.empty(2, 3, 50, device="cuda")
         targets = torch.empty(2, 3, dtype=torch.long, device="cuda")
         config = ObjectiveConfig(objective, normalize=normalize)
-        out = token_loss(logits, targets, config, inplace=inplace, vocab_size=40)
+        inputs = inputs_for(config, targets)
+        out = token_loss(logits, targets, config, inplace=inplace, vocab_size=40, inputs=inputs)
         loss = reduce_loss(out, mask=out.valid, config=config)
         assert {x.device.type for x in (*out[:5], loss)} == {"cuda"}
 
@@ -271,6 +272,7 @@ def test_token_loss_never_waits_for_a_value(objective: str, inplace: bool) -> No
         leaf = torch.empty(2, 3, 50, requires_grad=True)
         targets = torch.empty(2, 3, dtype=torch.long)
         cost = CostRows(torch.empty(50, 6)) if config.definition.needs_cost else None
-        out = token_loss(leaf * 1, targets, config, inplace=inplace, vocab_size=40, cost=cost)
+        given = {"vocab_size": 40, "cost": cost, "inputs": inputs_for(config, targets)}
+        out = token_loss(leaf * 1, targets, config, inplace=inplace, **given)
         reduce_loss(out, mask=out.valid, config=config).backward()
         assert leaf.grad is not None

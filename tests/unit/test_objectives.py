@@ -15,7 +15,7 @@ from megatron_mile.objectives import OBJECTIVES
 # largest entropy at that vocabulary, 200 a hopeless target.
 NATS = [0.0, 1e-20, 1e-9, 0.3, 1.0, 10.3735, 200.0]
 GAMMAS = [0.0, 0.5, 1.0, 2.0, 5.0]
-WITH_WEIGHT = [name for name, objective in OBJECTIVES.items() if objective.weight is not None]
+WITH_WEIGHT = [name for name in WEIGHTED if OBJECTIVES[name].weight is not None]
 
 
 def _squares(name: str, like: torch.Tensor) -> dict[str, torch.Tensor]:

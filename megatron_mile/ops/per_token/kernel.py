@@ -467,5 +467,10 @@ def sum_up(
     figures: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Return the sums, [n + 3]; see `megatron_mile.ops.per_token.PerToken`."""
-    padded = (*figures, *[None] * (_MOST_FIGURES - len(figures)))
-    return _sums_of_blocks(mask, valid, nll, entropy, *padded).sum(0)
+    first, rest = figures[:_MOST_FIGURES], figures[_MOST_FIGURES:]
+    padded = (*first, *[None] * (_MOST_FIGURES - len(first)))
+    sums = _sums_of_blocks(mask, valid, nll, entropy, *padded).sum(0)
+    if not rest:
+        return sums
+    more = sum_up(mask, valid, nll, entropy, rest)
+    return torch.cat([sums[:-2], more[1:]])

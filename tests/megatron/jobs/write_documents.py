@@ -1,6 +1,7 @@
 """Write a Megatron dataset of short documents; its prefix is the last argument.
 
 Documents of 3 to 40 tokens, so that --eod-mask-loss masks another number of tokens in each sample.
+A number in front of the prefix is that of the documents' different tokens, 1 for their end alone.
 """
 
 import sys
@@ -11,15 +12,16 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 END_OF_DOCUMENT = 249
 
 
-def main(prefix: str) -> None:
+def main(prefix: str, kinds: int = END_OF_DOCUMENT + 1) -> None:
     """Write PREFIX.bin and PREFIX.idx."""
     random = torch.Generator().manual_seed(0)
     builder = IndexedDatasetBuilder(prefix + ".bin")
     for length in torch.randint(3, 41, (600,), generator=random).tolist():
         tokens = torch.randint(END_OF_DOCUMENT, (length,), generator=random)
+        tokens = tokens.clamp(min=END_OF_DOCUMENT + 1 - kinds)
         builder.add_document(torch.cat([tokens, torch.tensor([END_OF_DOCUMENT])]), [length + 1])
     builder.finalize(prefix + ".idx")
 
 
 if __name__ == "__main__":
-    main(sys.argv[-1])
+    main(sys.argv[-1], *map(int, sys.argv[1:-1]))
