@@ -209,11 +209,9 @@ def _make_hook(
 
         In training with the gradient of the weighted loss.
         """
-        window = current_window()
         if not differentiated(logits):
-            if window is not None:
-                window.token_weight = None  # evaluation has no weights
             return host(self, labels, logits)
+        window = current_window()
         if window is None and models.mtp_heads(self):
             raise MileError(
                 "a model with multi-token prediction needs its forward_step wrapped, so that its "
