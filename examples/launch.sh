@@ -94,7 +94,7 @@ else
     data=(--mock-data --tokenizer-type NullTokenizer)
 fi
 
-run=${RUN_DIR:-runs/$name-$objective}
+run=${RUN_DIR:-runs/$name-${objective##*:}}  # of FILE.py:NAME the name
 record=(
     --save "$run/checkpoints" --load "$run/checkpoints"
     --exit-signal-handler --exit-signal SIGURG

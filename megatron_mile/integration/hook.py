@@ -243,10 +243,8 @@ def _make_hook(
         if window is not None and buckets is not None:
             window.buckets = buckets(labels)  # of the last call, the main loss, to stay
         if not differentiated(logits):
-            if window is not None:
-                window.token_weight = None  # evaluation has no weights
-                if window.report.evaluated and isinstance(logits, torch.Tensor):
-                    window.evaluated = _evaluated(self, labels, logits)  # the host overwrites them
+            if window and window.report.evaluated and isinstance(logits, torch.Tensor):
+                window.evaluated = _evaluated(self, labels, logits)  # the host overwrites them
             return host(self, labels, logits)
         window = window or _window_outside(self)
         window.calls += 1

@@ -90,6 +90,12 @@ def test_launch_takes_the_objective_as_a_flag_or_a_variable() -> None:
         assert value(words, "--save").endswith("-ce/checkpoints")
 
 
+def test_launch_names_the_run_of_a_users_own_objective_by_its_name() -> None:
+    words = command(SIZES[0], "--mile-objective", "path/to/mine.py:FLOORED")
+    assert value(words, "--mile-objective") == "path/to/mine.py:FLOORED"
+    assert value(words, "--save") == f"runs/{SIZES[0].stem}-FLOORED/checkpoints"
+
+
 def test_launch_passes_flags_on_and_lets_them_win() -> None:
     words = command(
         SIZES[0], "--log-interval", "1", "--train-iters", "7", "--wandb-exp-name", "a b"

@@ -32,6 +32,9 @@ EXPECTED = {
     ("mile", "local"): (7, 24, 5),
     ("mile", "none"): (7, 21, 5),
     ("focal", "global"): (10, 25, 5),
+    ("dft", "global"): (7, 25, 5),
+    ("eaft", "global"): (7, 25, 5),
+    ("power", "global"): (10, 25, 5),
     ("ce", "global"): (5, 21, 5),
 }
 BUDGET = 45
