@@ -60,6 +60,19 @@ def test_collectives_are_counted(table: Path) -> None:
     assert counts("naive-mile", "2") == [6, 0, 6]
 
 
+def test_settings_are_checked_and_timed(tmp_path: Path) -> None:
+    path = tmp_path / "deft.csv"
+    settings = ["objective=deft", "label_smoothing=0.1", "z_loss=0.01"]
+    flags = [*SMALL, "--output", str(path), "--tp", "2", "--dtypes", "fp32"]
+    run.main([*flags, "--providers", "ours-chunked", "ours-inplace", "--settings", *settings])
+    for name in ("ours-chunked", "ours-inplace"):
+        rows = read_rows(path, provider=name)
+        assert_phases(rows, empty={"ratio_to_gemms"})
+        assert {row["objective"] for row in rows} == {" ".join(settings)}
+        assert {row["collectives"] for row in rows} == {"0", "1"}
+    assert len(read_rows(path, provider="megatron", objective="ce")) == 3
+
+
 def test_rows_of_case_divides_within_rounds() -> None:
     case = Case("bf16", 1000, 500, 1, 1, "cpu")  # 1 MB of logits
     result = {"status": "timed", "collectives": dict.fromkeys(PHASES, 0)}
@@ -92,6 +105,10 @@ def test_plot_draws_the_last_run_of_each_case(table: Path, tmp_path: Path) -> No
         (["--providers", "apex"], "--providers apex: with --hidden 0 choose from ours-reference, "),
         (["--hidden", "-1"], "--hidden is -1; expected 0 (logits are given) or more"),
         (["--rounds", "0"], "--rounds is 0; expected 1 or more"),
+        (["--settings", "gama=1"], "--settings: gama=1: expected NAME=VALUE with a setting of "),
+        (["--settings", "objective=emo"], "--settings: objective=emo needs cost rows; "),
+        (["--settings", "z_loss=-1"], "--settings: z_loss is -1.0; expected a finite number >= 0"),
+        (["--settings", "z_loss=1", "--hidden", "8"], "--settings is for the losses of logits"),
         (["--vocab", "513", "--tp", "2"], "--vocab 513 is not divisible by --tp 2; "),
     ],
 )

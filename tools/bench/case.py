@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import torch
+
+from megatron_mile import ObjectiveConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Largest errors by `Inputs.errors` that still count as right, (loss, gradient). On [2048, 32000]
@@ -20,6 +23,27 @@ LINEAR_TOLERANCES = {"fp32": (5e-5, 1e-4), "bf16": (5e-2, 1e-1)}
 # which has slack. A gradient of zeros is off by 1, one of the other sign by 2.
 EMO_TOLERANCES = {"fp32": (1e-5, 5e-4), "bf16": (1e-2, 0.4)}
 GAMMA = SIGMA = 1.0
+
+
+def config_of(settings: str, backend: str = "auto") -> ObjectiveConfig:
+    """Return what words "name=value" set.
+
+    Raises:
+        ValueError: a word is no setting of a loss of logits, or has a value that does not fit.
+    """
+    fields = {field.name: field for field in dataclasses.fields(ObjectiveConfig)}
+    values: dict[str, Any] = {"objective": "mile", "gamma": GAMMA, "sigma": SIGMA}
+    for word in settings.split():
+        name, sign, text = word.partition("=")
+        if not sign or name not in fields or name == "backend":
+            raise ValueError(f"{word}: expected NAME=VALUE with a setting of ObjectiveConfig")
+        default = fields[name].default
+        number = isinstance(default, float)
+        values[name] = float(text) if number else text == "True" if default is False else text
+    config = ObjectiveConfig(**values, backend=backend)
+    if config.definition.needs_cost:
+        raise ValueError(f"objective={config.objective} needs cost rows; use --cost-width")
+    return config
 
 
 class Case(NamedTuple):
@@ -40,6 +64,8 @@ class Case(NamedTuple):
     """Size of the hidden states where the output layer is part of the work; 0: logits are given."""
     cost_width: int = 0
     """Width of EMO's cost matrix where EMO is the work; 0: it is not."""
+    settings: str = ""
+    """Words "name=value" of ObjectiveConfig that this package is timed with; "" for MiLe Loss."""
 
     @property
     def shard_bytes(self) -> int:
@@ -86,7 +112,7 @@ class Inputs(NamedTuple):
         """Compare with the truth.
 
         Args:
-            objective: "ce", "mile" or "emo".
+            objective: "ce", "mile", "emo", or the case's settings.
             loss: [T].
             gradients: of the leaves, in their shapes.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tools.bench.case import DTYPES, GAMMA, SIGMA, Case, Inputs
+from tools.bench.case import DTYPES, GAMMA, SIGMA, Case, Inputs, config_of
 
 OBJECTIVES = ("ce", "mile")
 _CHECKED_ROWS = 256
@@ -36,6 +36,7 @@ def _with_logits(case: Case, shard: slice, device: torch.device) -> Inputs:
     cost = torch.randn(shape, generator=random, device=device).to(logits.dtype)
     truths = {}
     costs = {"ce": None, "emo": cost} if case.cost_width else dict.fromkeys(OBJECTIVES)
+    costs |= {case.settings: None} if case.settings else {}
     for objective, rows_of_cost in costs.items():
         loss, gradient = oracle(
             logits[rows], targets[rows], objective, upstream[rows], rows_of_cost
@@ -99,21 +100,39 @@ def oracle(
         logits: [R, V], the whole vocabulary.
         targets: [R].
         objective: "ce", or "mile" for (1 + H) * nll with the weight held constant, or "emo" for
-            (nll + (nll / D) * D) / 2 with the ratio held constant.
+            (nll + (nll / D) * D) / 2 with the ratio held constant, or words for `config_of`.
         upstream: [R].
         cost: [V, d], the rows whose angles make the distance D of EMO; None for the others.
     """
     z = logits.double().requires_grad_()
     log_p = torch.log_softmax(z, -1)
     entropy = -(log_p.exp() * log_p).sum(-1).detach()
-    weight: Any = {"ce": 1, "mile": (SIGMA + entropy) ** GAMMA, "emo": 1}[objective]
-    loss = weight * -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    nll = -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    weights: dict[str, Any] = {"ce": 1, "mile": (SIGMA + entropy) ** GAMMA, "emo": 1}
+    loss = weights[objective] * nll if objective in weights else _set_up(objective, z, log_p, nll)
     if cost is not None:
         unit = torch.nn.functional.normalize(cost.double(), dim=-1)
         distance = 1 - (log_p.exp() * (unit[targets] @ unit.t())).sum(-1)
         loss = 0.5 * (loss + (loss / distance).detach() * distance)
     (gradient,) = torch.autograd.grad(loss, z, upstream.double())
     return loss.detach(), gradient
+
+
+def _set_up(settings: str, z: torch.Tensor, log_p: torch.Tensor, nll: torch.Tensor) -> torch.Tensor:
+    """Return the loss of some settings, with its z-loss; the weight by its own function in fp64."""
+    config = config_of(settings)
+    weight: Any = 1
+    if config.definition.weight is not None:
+        p = log_p.exp()
+        given = dict(config.own)
+        if config.definition.needs_squares:
+            given["squares"] = p.square().sum(-1).detach()
+        entropy = -(p * log_p).sum(-1)
+        entropy = entropy if config.entropy_slope else entropy.detach()
+        weight = config.definition.weight(nll.detach(), entropy, **given)
+    eps = config.label_smoothing
+    smoothed = (1 - eps) * nll - eps * log_p.mean(-1)
+    return weight * smoothed + config.z_loss * z.logsumexp(-1).square()
 
 
 def linear_oracle(

@@ -13,25 +13,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mile import ObjectiveConfig, token_loss
+from megatron_mile import token_loss
 from megatron_mile.ops import dispatch
-from tools.bench.case import DTYPES, GAMMA, SIGMA, Case
+from tools.bench.case import DTYPES, GAMMA, SIGMA, Case, config_of
 from tools.bench.provider import BASELINE, Loss, Provider, needs
 
 
-def _ours(backend: str, inplace: bool = False) -> Callable[[], tuple[Loss, str]]:
-    config = ObjectiveConfig("mile", gamma=GAMMA, sigma=SIGMA, backend=backend)
+def _ours(
+    backend: str, inplace: bool = False, settings: str = ""
+) -> Callable[[], tuple[Loss, str]]:
+    config = config_of(settings, backend)
 
     def loss(logits: torch.Tensor, targets: torch.Tensor, group: Any) -> torch.Tensor:
-        return token_loss(logits, targets, config, tp_group=group, inplace=inplace).loss
+        out = token_loss(logits, targets, config, tp_group=group, inplace=inplace)
+        return out.loss if out.z_loss is None else out.loss + out.z_loss
 
     return lambda: (loss, "")
 
 
-def _compiled() -> tuple[Loss, str]:
+def _compiled(settings: str = "") -> Callable[[], tuple[Loss, str]]:
     """Our plain torch form, fused by torch.compile."""
-    loss, _ = _ours("torch")()
-    return torch.compile(loss), "torch.compile"
+    loss, _ = _ours("torch", settings=settings)()
+    return lambda: (torch.compile(loss), "torch.compile")
 
 
 def _chunked_obstacle(case: Case) -> str:
@@ -133,12 +136,26 @@ def _quack() -> tuple[Loss, str]:
     return loss, "inplace_backward"
 
 
+def _all_of_ours(settings: str = "") -> dict[str, Provider]:
+    """Return this package's with some settings; the objective is their name in the table."""
+    name = settings or "mile"
+    builds = {
+        "ours-reference": (_ours("torch", settings=settings), needs()),
+        "ours-chunked": (_ours("auto", settings=settings), _chunked_obstacle),
+        "ours-compiled": (_compiled(settings), needs(gpu=True)),
+        "ours-triton": (_ours("triton", settings=settings), _triton_obstacle),
+        "ours-inplace": (_ours("auto", inplace=True, settings=settings), needs()),
+    }
+    return {key: Provider(name, *rest) for key, rest in builds.items()}
+
+
+def with_settings(settings: str) -> dict[str, Provider]:
+    """Return this package's with other settings, beside Megatron's cross-entropy."""
+    return {**_all_of_ours(settings), BASELINE: LOGITS_LOSSES[BASELINE]}
+
+
 LOGITS_LOSSES = {
-    "ours-reference": Provider("mile", _ours("torch"), lambda _: ""),
-    "ours-chunked": Provider("mile", _ours("auto"), _chunked_obstacle),
-    "ours-compiled": Provider("mile", _compiled, needs(gpu=True)),
-    "ours-triton": Provider("mile", _ours("triton"), _triton_obstacle),
-    "ours-inplace": Provider("mile", _ours("auto", inplace=True), lambda _: ""),
+    **_all_of_ours(),
     BASELINE: Provider("ce", megatron_loss, needs("megatron")),
     "megatron-fused": Provider("ce", _megatron_fused, needs("megatron")),
     "naive-mile": Provider("mile", _naive, needs("megatron")),

@@ -120,7 +120,7 @@ def _check(
     A provider that raises has failed like one whose numbers are wrong: one broken package must not
     take the others with it.
     """
-    provider = providers(case.hidden, case.cost_width)[name]
+    provider = providers(case.hidden, case.cost_width, case.settings)[name]
     obstacle = provider.obstacle(case)
     if obstacle:
         return {"status": f"not run: {obstacle}"}, None

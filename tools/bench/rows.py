@@ -40,10 +40,11 @@ def rows_of_case(
     """
     rows = []
     shared = conditions | case._asdict() | {"device": conditions["device"]}
+    del shared["settings"]  # they are the name of the objective
     for name, result in results.items():
         row = shared | {
             "provider": name,
-            "objective": providers(case.hidden, case.cost_width)[name].objective,
+            "objective": providers(case.hidden, case.cost_width, case.settings)[name].objective,
         }
         row |= {k: v for k, v in result.items() if k not in ("ms", "collectives")}
         if "ms" not in result:

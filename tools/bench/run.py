@@ -4,6 +4,7 @@
     python tools/bench/run.py --tp 2          vocabulary shared by two ranks (gloo on CPUs)
     python tools/bench/run.py --hidden 512    the output layer too: hidden states and weight given
     python tools/bench/run.py --cost-width 512    EMO with cost rows of 512, beside its dense form
+    python tools/bench/run.py --settings objective=deft label_smoothing=0.1 --output deft.csv
 
 Every loss is compared with a float64 oracle on the timed shapes first; one that is wrong is not
 timed. They take turns, round after round, so that other work on the machine meets all alike: the
@@ -38,7 +39,7 @@ if __name__ == "__main__":  # of this checkout; and no command hides a package o
 
 import torch
 
-from tools.bench.case import DTYPES, Case
+from tools.bench.case import DTYPES, Case, config_of
 from tools.bench.conditions import conditions
 from tools.bench.provider import BASELINE, FLOOR
 from tools.bench.providers import providers
@@ -49,6 +50,7 @@ from tools.common.cli import ToolError, new_parser, run_tool
 from tools.common.outputs import output_file
 
 PROG = "tools/bench/run.py"
+DEFAULT_TABLE = Path(__file__).with_name("results.csv")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -65,8 +67,9 @@ def run(args: argparse.Namespace) -> None:
     read_whole(output, COLUMNS)  # fails now rather than after the minutes of measuring
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = max(1, args.threads // args.tp)
-    size = args.tokens, args.vocab, args.tp, threads, device, args.hidden, args.cost_width
-    known = providers(args.hidden, args.cost_width)
+    settings = " ".join(args.settings or ())
+    size = args.tokens, args.vocab, args.tp, threads, device, args.hidden, args.cost_width, settings
+    known = providers(args.hidden, args.cost_width, settings)
     references = [name for name in (BASELINE, FLOOR) if name in known]
     names = list(dict.fromkeys([*references, *(args.providers or known)]))
     where = conditions()
@@ -81,7 +84,22 @@ def run(args: argparse.Namespace) -> None:
     print(f"\n{output}: figures appended")
 
 
+def _check_settings(args: argparse.Namespace) -> None:
+    """Stop where --settings does not fit; its rows would hide others of one case in a picture."""
+    if args.hidden or args.cost_width or Path(args.output).resolve() == DEFAULT_TABLE.resolve():
+        raise ToolError(
+            "--settings is for the losses of logits, without --hidden and --cost-width, and for a "
+            "table of its own; add --output FILE"
+        )
+    try:
+        config_of(" ".join(args.settings))
+    except ValueError as error:
+        raise ToolError(f"--settings: {error}") from error
+
+
 def _check_flags(args: argparse.Namespace) -> None:
+    if args.settings:
+        _check_settings(args)
     if args.hidden < 0:
         raise ToolError(f"--hidden is {args.hidden}; expected 0 (logits are given) or more")
     if args.cost_width < 0 or (args.cost_width and args.hidden):
@@ -89,7 +107,7 @@ def _check_flags(args: argparse.Namespace) -> None:
             f"--cost-width is {args.cost_width} and --hidden {args.hidden}; expected one of them, "
             "or 0 for both (the losses of logits)"
         )
-    known = providers(args.hidden, args.cost_width)
+    known = providers(args.hidden, args.cost_width, " ".join(args.settings or ()))
     unknown = set(args.providers or ()) - set(known)
     if unknown:
         workload = f"--hidden {args.hidden}"
@@ -142,8 +160,18 @@ def command_line() -> argparse.ArgumentParser:
     names = [", ".join(providers(*workload)) for workload in ((0, 0), (1, 0), (0, 1))]
     help_ = f"some of {names[0]}; with --hidden {names[1]}; with --cost-width {names[2]}"
     add("--providers", nargs="+", help=f"{help_} (default: all)")
-    default = Path(__file__).with_name("results.csv")
-    add("--output", default=str(default), help="CSV to append to (default: results.csv beside it)")
+    add(
+        "--settings",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="settings of ObjectiveConfig to time this package with, beside Megatron's "
+        "cross-entropy (default: MiLe Loss)",
+    )
+    add(
+        "--output",
+        default=str(DEFAULT_TABLE),
+        help="CSV to append to (default: results.csv beside it)",
+    )
     return parser
 
 

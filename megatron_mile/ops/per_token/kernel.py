@@ -122,6 +122,27 @@ def _expm1(x: tl.tensor) -> tl.tensor:
     return tl.where(x > -1e-3, series, tl.exp(x) - 1.0)
 
 
+@triton.jit
+def _store_z_loss(
+    m: tl.tensor,
+    total: tl.tensor,
+    z_y: tl.tensor,
+    shift: tl.tensor,
+    counts: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    inside: tl.tensor,
+    Z_LOSS: tl.constexpr,
+) -> tl.tensor:
+    """Write flat and peak of the z-loss, and return its value."""
+    log_sum = m + tl.log(total)
+    rise = 2 * Z_LOSS * log_sum / total
+    peak = rise * tl.exp(z_y - m)
+    tl.store(out, tl.where(counts, tl.exp(shift) * rise, 0.0), mask=inside)
+    tl.store(out + rows, tl.where(counts, peak, 0.0), mask=inside)
+    return tl.where(counts, Z_LOSS * log_sum * log_sum, 0.0)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def weigh_kernel(
     joined: tl.tensor,  # [6 to 9, N] fp64, read-only
@@ -175,13 +196,9 @@ def weigh_kernel(
     tl.store(out, tl.where(counts, tl.exp(shift) * flat, 0.0), mask=inside)
     tl.store(out + rows, tl.where(counts, peak, 0.0), mask=inside)
     if Z_LOSS > 0:
+        z_y = tl.load(source + 3 * rows, mask=inside)
         out += (2 + SLOPED + (SMOOTHING > 0)) * rows
-        log_sum = m + tl.log(total)
-        rise = 2 * Z_LOSS * log_sum / total
-        top = rise * tl.exp(tl.load(source + 3 * rows, mask=inside) - m)
-        tl.store(out, tl.where(counts, tl.exp(shift) * rise, 0.0), mask=inside)
-        tl.store(out + rows, tl.where(counts, top, 0.0), mask=inside)
-        value = tl.where(counts, Z_LOSS * log_sum * log_sum, 0.0)
+        value = _store_z_loss(m, total, z_y, shift, counts, out, rows, inside, Z_LOSS)
         tl.store(fields + 4 * rows + tokens, value, mask=inside)
     out = fields + tokens
     entropy = tl.load(source + 5 * rows, mask=inside)

@@ -209,6 +209,47 @@ def _shifts_of_edge(
 
 
 @triton.jit
+def _maximum_of_tile(
+    base: tl.tensor,
+    first: tl.tensor,
+    skew: tl.tensor,
+    end: tl.tensor,
+    BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
+) -> tl.tensor:
+    """Return the maximum of what of a tile is in the row; 0 where that is -inf.
+
+    From it U is summed up: from a maximum that rises, each thread would have to count its entries.
+    """
+    z = _load_edge(base, _pieces(first, BLOCK, PIECE), skew, end, True, PIECE)
+    maximum = tl.max(tl.max(tl.max(z, 2), 0), 0)
+    return tl.where(maximum == _MINUS_INF, 0.0, maximum)
+
+
+@triton.jit
+def _store_wanted(
+    m: tl.tensor,
+    shifts: tl.tensor,
+    anchor: tl.tensor,
+    count: tl.tensor,
+    squares: tl.tensor,
+    out: tl.tensor,
+    step: tl.tensor,
+    SHIFTS: tl.constexpr,
+    SQUARES: tl.constexpr,
+) -> None:
+    """Join what is wanted of all threads and write it behind the four, `step` numbers apart."""
+    new_m = tl.max(m, 0)
+    if SHIFTS:
+        moved = count * (anchor - tl.where(new_m == _MINUS_INF, 0.0, new_m))
+        tl.store(out + 4 * step, tl.sum(shifts, 0) + moved)
+        tl.store(out + 5 * step, count)
+    if SQUARES:
+        number: tl.constexpr = 6 if SHIFTS else 4
+        tl.store(out + number * step, tl.sum(_scaled_squares(m, squares, new_m), 0))
+
+
+@triton.jit
 def _store_joined(
     m: tl.tensor,
     total: tl.tensor,
@@ -245,9 +286,7 @@ def token_stats_fwd_kernel(
 ) -> None:
     """Write (m, S, T, z_y) and what is wanted of one row, or of a part of it, tile after tile.
 
-    Each thread keeps m, S and T of its entries, so that none waits for another before the end. U is
-    summed up from the maximum of the first tile: a maximum that rises would need a count of entries
-    in each thread.
+    Each thread keeps m, S and T of its entries, so that none waits for another before the end.
     """
     row, part = tl.program_id(0), tl.program_id(1)
     start = _row_start(logits, row, inner, outer_stride, inner_stride)
@@ -262,11 +301,9 @@ def token_stats_fwd_kernel(
     squares = tl.zeros([threads], tl.float32)
     shifts = tl.zeros([threads], tl.float32)
     z_y = tl.load(start + target, mask=target >= 0, other=float("nan")).to(tl.float32)
+    count, anchor = tl.maximum(stop - tl.maximum(first, skew), 0).to(tl.float32), 0.0
     if SHIFTS:
-        count = tl.maximum(stop - tl.maximum(first, skew), 0).to(tl.float32)
-        z = _load_edge(base, _pieces(first, BLOCK, PIECE), skew, end, True, PIECE)
-        anchor = tl.max(tl.max(tl.max(z, 2), 0), 0)
-        anchor = tl.where(anchor == _MINUS_INF, 0.0, anchor)
+        anchor = _maximum_of_tile(base, first, skew, end, BLOCK, PIECE)
     if first < skew:
         pieces = _pieces(first, BLOCK, PIECE)
         z = _load_edge(base, pieces, skew, end, True, PIECE)
@@ -291,14 +328,7 @@ def token_stats_fwd_kernel(
     out = stats + part.to(tl.int64) * rows + row
     step = rows.to(tl.int64) * parts
     _store_joined(m, total, moment, z_y, out, step, True)
-    new_m = tl.max(m, 0)
-    if SHIFTS:
-        moved = count * (anchor - tl.where(new_m == _MINUS_INF, 0.0, new_m))
-        tl.store(out + 4 * step, tl.sum(shifts, 0) + moved)
-        tl.store(out + 5 * step, count)
-    if SQUARES:
-        number: tl.constexpr = 6 if SHIFTS else 4
-        tl.store(out + number * step, tl.sum(_scaled_squares(m, squares, new_m), 0))
+    _store_wanted(m, shifts, anchor, count, squares, out, step, SHIFTS, SQUARES)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -369,6 +399,15 @@ def _gradient(
     return value
 
 
+@triton.jit
+def _number(numbers: tl.tensor, row: tl.tensor, other: tl.tensor, GIVEN: tl.constexpr) -> tl.tensor:
+    """Return a row's coefficient, or the other where there is none."""
+    number = other
+    if GIVEN:
+        number = tl.load(numbers + row)
+    return number
+
+
 @triton.jit(do_not_specialize=_INTEGERS)
 def token_stats_bwd_kernel(
     logits: tl.tensor,  # [outer, inner, V] fp32, bf16 or fp16, read-only unless it is grad
@@ -397,15 +436,9 @@ def token_stats_bwd_kernel(
     m = tl.load(maxima + row)
     flat = tl.load(flats + row)
     peak = tl.load(peaks + row)
-    is_zero = (flat == 0) & (peak == 0)
-    tilt = flat
-    if TILTED:
-        tilt = tl.load(tilts + row)
-        is_zero = is_zero & (tilt == 0)
-    lift = flat
-    if BASED:
-        lift = tl.load(bases + row)
-        is_zero = is_zero & (lift == 0)
+    tilt = _number(tilts, row, flat, TILTED)
+    lift = _number(bases, row, flat, BASED)
+    is_zero = (flat == 0) & (peak == 0) & (tilt == 0) & (lift == 0)
     # Where all are 0 the logits are not read; 0 * NaN of them would be NaN.
     wanted = is_zero == 0
     anchor = tl.where(is_zero | (m == _MINUS_INF), 0.0, m)
@@ -414,32 +447,26 @@ def token_stats_bwd_kernel(
     out = _row_start(grad, row, inner, grad_outer_stride, grad_inner_stride) - skew
     if ALIKE:
         out = tl.multiple_of(out, 16)
-    target = tl.load(targets + row).to(tl.int32)
-    target = tl.where(target < 0, -1, target + skew)
+    y = tl.load(targets + row).to(tl.int32)
+    y = tl.where(y < 0, -1, y + skew)
     first, end = tl.program_id(1) * tiles * BLOCK, skew + columns
     stop = tl.minimum(first + tiles * BLOCK, end)
     if first < skew:
         pieces = _pieces(first, BLOCK, PIECE)
         z = _load_edge(base, pieces, skew, end, wanted, PIECE)
-        value = _gradient(
-            z, anchor, flat, peak, tilt, lift, target, first, BLOCK, PIECE, TILTED, BASED
-        )
+        value = _gradient(z, anchor, flat, peak, tilt, lift, y, first, BLOCK, PIECE, TILTED, BASED)
         _store_edge(out, value, pieces, skew, end, PIECE)
         first += BLOCK
     full = first + tl.maximum(stop - first, 0) // BLOCK * BLOCK
     for cell in range(first, full, BLOCK):
         lanes = _pieces(0, BLOCK, PIECE) + _entries(PIECE)
         z = tl.load(base + cell + lanes, mask=wanted, other=_MINUS_INF).to(tl.float32)
-        value = _gradient(
-            z, anchor, flat, peak, tilt, lift, target, cell, BLOCK, PIECE, TILTED, BASED
-        )
+        value = _gradient(z, anchor, flat, peak, tilt, lift, y, cell, BLOCK, PIECE, TILTED, BASED)
         tl.store(out + cell + lanes, value.to(grad.dtype.element_ty))
     if full < stop:
         pieces = _pieces(full, BLOCK, PIECE)
         z = _load_edge(base, pieces, skew, end, wanted, PIECE)
-        value = _gradient(
-            z, anchor, flat, peak, tilt, lift, target, full, BLOCK, PIECE, TILTED, BASED
-        )
+        value = _gradient(z, anchor, flat, peak, tilt, lift, y, full, BLOCK, PIECE, TILTED, BASED)
         _store_edge(out, value, pieces, skew, end, PIECE)
 
 
