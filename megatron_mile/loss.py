@@ -94,8 +94,7 @@ def token_loss(
 
     Raises:
         ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, the logits overlap
-            in memory and `inplace` is set, or the objective lacks a cost or an input or takes no
-            cost.
+            in memory and `inplace` is set, a cost or an input is missing, or a cost is not taken.
     """
     _check_tensors(logits, targets)
     _check_cost(logits, targets, config, cost)

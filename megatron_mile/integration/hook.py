@@ -152,12 +152,17 @@ def _turned(stats: TokenLoss) -> TokenLoss:
     return TokenLoss._make(x if x is None else x.transpose(0, 1).contiguous() for x in stats)
 
 
-def _evaluated(model: Any, labels: torch.Tensor, logits: torch.Tensor) -> TokenLoss:
-    """Return the statistics [b, s] of logits [s, b, V/tp] that are not trained, padding counted."""
+def _note_evaluated(
+    window: Window | None, model: Any, labels: torch.Tensor, logits: torch.Tensor | DeferredLogits
+) -> None:
+    """Leave the statistics of logits that are not trained, before the host overwrites them."""
+    if window is None or not window.report.evaluated or isinstance(logits, DeferredLogits):
+        return
     group = tp_group(model)
     check_shard(model, labels, tuple(logits.shape), group)
     plain = ObjectiveConfig("ce")
-    return _turned(token_loss(logits.detach(), labels.t(), plain, group, accuracy=True))
+    stats = token_loss(logits.detach(), labels.t(), plain, group, accuracy=True)
+    window.evaluated = _turned(stats)
 
 
 def _window_outside(model: Any) -> Window:
@@ -191,8 +196,7 @@ def _make_hook(
         if window is not None and buckets is not None:
             window.buckets = buckets(labels)  # of the last call, the main loss, to stay
         if not differentiated(logits):
-            if window is not None and window.report.evaluated and isinstance(logits, torch.Tensor):
-                window.evaluated = _evaluated(self, labels, logits)  # the host overwrites them
+            _note_evaluated(window, self, labels, logits)
             return host(self, labels, logits)
         window = window or _window_outside(self)
         window.calls += 1
@@ -204,15 +208,13 @@ def _make_hook(
         turned = {name: x.t() if x.dim() else x for name, x in given.items()}
         if isinstance(logits, DeferredLogits):
             check_shard(self, labels, logits.shape(group), group)
-            stats = logits.loss(labels.transpose(0, 1), config, group, vocab_size, turned, accuracy)
-            stats = _turned(stats)
+            stats = _turned(logits.loss(labels.t(), config, group, vocab_size, turned, accuracy))
         elif config.definition.needs_cost:
             check_shard(self, labels, tuple(logits.shape), group)
             cost = rows(self, labels) if rows else output_rows(self)
             # Not in place: products are kept where the gradient will lie, or would be made twice.
             loss = functools.partial(token_loss, cost=cost, accuracy=accuracy)
-            turned_labels = labels.transpose(0, 1)
-            stats = _turned(loss(logits, turned_labels, config, group, vocab_size=vocab_size))
+            stats = _turned(loss(logits, labels.t(), config, group, vocab_size=vocab_size))
         else:
             check_shard(self, labels, tuple(logits.shape), group)
             loss = functools.partial(
