@@ -118,8 +118,7 @@ def token_loss(
 
     Raises:
         ValueError: Shapes, dtypes, the vocabulary's range or size do not fit, the logits overlap
-            in memory and `inplace` is set, or the objective lacks a cost or an input or takes no
-            cost.
+            in memory and `inplace` is set, a cost or an input is missing, or a cost is not taken.
     """
     given = Given(inputs or {}, token_weight, accuracy)
     _check_tensors(logits, targets)

@@ -203,12 +203,17 @@ class _MainLoss(NamedTuple):
         return loss(logits.transpose(0, 1), labels, **given)
 
 
-def _evaluated(model: Any, labels: torch.Tensor, logits: torch.Tensor) -> TokenLoss:
-    """Return the statistics [b, s] of logits [s, b, V/tp] that are not trained, padding counted."""
+def _note_evaluated(
+    window: Window | None, model: Any, labels: torch.Tensor, logits: torch.Tensor | DeferredLogits
+) -> None:
+    """Leave the statistics of logits that are not trained, before the host overwrites them."""
+    if window is None or not window.report.evaluated or isinstance(logits, DeferredLogits):
+        return
     group = tp_group(model)
     check_shard(model, labels, tuple(logits.shape), group)
     plain = ObjectiveConfig("ce")
-    return _turned(token_loss(logits.detach(), labels.t(), plain, group, accuracy=True))
+    stats = token_loss(logits.detach(), labels.t(), plain, group, accuracy=True)
+    window.evaluated = _turned(stats)
 
 
 def _window_outside(model: Any) -> Window:
@@ -243,8 +248,7 @@ def _make_hook(
         if window is not None and buckets is not None:
             window.buckets = buckets(labels)  # of the last call, the main loss, to stay
         if not differentiated(logits):
-            if window and window.report.evaluated and isinstance(logits, torch.Tensor):
-                window.evaluated = _evaluated(self, labels, logits)  # the host overwrites them
+            _note_evaluated(window, self, labels, logits)
             return host(self, labels, logits)
         window = window or _window_outside(self)
         window.calls += 1
