@@ -1,7 +1,8 @@
 """megatron_mile: an entropy-weighted training objective for Megatron, exact at every layout.
 
 `token_loss`, `linear_token_loss` and `reduce_loss` need torch alone; `install`, `uninstall`,
-`attach` and `wrap_forward_step` put them into a Megatron job and import it when first used.
+`attach`, `wrap_forward_step` and `wrap_finalize_model_grads` put them into a Megatron job and
+import it when first used.
 """
 
 from importlib import import_module
@@ -23,6 +24,7 @@ __all__ = [
     "reduce_loss",
     "token_loss",
     "uninstall",
+    "wrap_finalize_model_grads",
     "wrap_forward_step",
 ]
 
@@ -30,7 +32,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import the Megatron side only when one of its names is asked for."""
     homes = {"install": "hook", "uninstall": "hook", "attach": "hook"}
-    home = {**homes, "wrap_forward_step": "forward"}.get(name)
+    homes |= {"wrap_forward_step": "forward", "wrap_finalize_model_grads": "batch_alpha"}
+    home = homes.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"megatron_mile.integration.{home}"), name)

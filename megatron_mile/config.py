@@ -50,9 +50,10 @@ _COMMON = (
         "alpha, which keeps the weighted loss comparable with cross-entropy: global one mean "
         "weight over the micro-batch on all data- and context-parallel ranks, local over this "
         "rank's micro-batch, none alpha = 1, official the mean over ranks of each rank's 1 / mean "
-        "weight as in the MiLe authors' code; formed anew in each micro-batch, so that but with "
-        "none the objective depends on micro-batch and data-parallel size",
-        choices=("global", "local", "none", "official"),
+        "weight as in the MiLe authors' code, batch one mean weight over the whole global batch, "
+        "with --calculate-per-token-loss; the others are formed anew in each micro-batch, so that "
+        "but with batch and none the objective depends on micro-batch and data-parallel size",
+        choices=("global", "local", "none", "official", "batch"),
     ),
     Setting(
         "entropy_grad",

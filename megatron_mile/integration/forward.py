@@ -15,13 +15,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.errors import MileError
+from megatron_mile.integration.batch_alpha import BATCH, keep_weights
 from megatron_mile.integration.host import METHOD
 from megatron_mile.integration.models import data_group, installed_config, unwrap
 from megatron_mile.integration.refusals import refuse_unequal_microbatches
@@ -294,12 +295,16 @@ class _Reduction:
         mask = share if largest_share is None else share / largest_share
         sums = _sums(self.config, stats, mask)
         mask_sum, weights, losses, entropies, *distances, broken, negative = sums
-        group = _alpha_group(model, self.config.alpha_mode)
-        waiting = start_normaliser(sums[:2], self.config.alpha_mode, group)
+        mode = self.config.alpha_mode
+        group = _alpha_group(model, mode)
+        waiting = start_normaliser(sums[:2], "none" if mode == BATCH else mode, group)
         if not self.checked:
             _refuse_broken(broken, negative)
             self.checked = True
         has_other_leaves = _has_other_leaves(loss, probe)
+        if mode == BATCH:
+            _refuse_outside_batch(count, has_other_leaves)
+            keep_weights(model, self.config, weights)
         # Only now, because the ranks meet here. A later step in which something is broken ends in
         # NaN, because a look at it would wait for the device.
         alpha = waiting().masked_fill_(sums[-2:].any(), torch.nan)
@@ -309,7 +314,9 @@ class _Reduction:
         if has_other_leaves:
             total = total + (loss - (share * probe.detach()).sum())
         figures = [trained, entropies, weights, *distances]
-        return (total, *count, report_with_objective(report, mask_sum, figures, model))
+        loss_count = weights if mode == BATCH else mask_sum
+        ours = report_with_objective(report, mask_sum, figures, model, loss_count)
+        return (total, *count, ours)
 
 
 def differentiated(*tensors: Any) -> bool:
@@ -412,6 +419,20 @@ def _refuse_broken(broken: torch.Tensor, negative: torch.Tensor) -> None:
         raise MileError(
             "a token that the loss function counts has no target: its label is -100 or outside "
             "the vocabulary; give such tokens loss mask 0"
+        )
+
+
+def _refuse_outside_batch(count: Sequence[Any], has_other_leaves: bool) -> None:
+    """Stop a loss function whose sum, or a part of it, is not to be divided by the weights."""
+    if not count:
+        raise MileError(
+            "normalize batch, but the loss function returned (loss, report), a mean; return "
+            "(loss_sum, num_tokens, report), or use another normalize"
+        )
+    if has_other_leaves:
+        raise MileError(
+            "normalize batch, but the loss function adds a loss that is not made of the losses per "
+            "token, and the sum of weights would divide it too; use another normalize"
         )
 
 

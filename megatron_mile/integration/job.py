@@ -19,6 +19,7 @@ from megatron_mile.config import ObjectiveConfig
 from megatron_mile.errors import MileError
 from megatron_mile.integration import arguments, versions
 from megatron_mile.integration.arguments import Namespace
+from megatron_mile.integration.batch_alpha import BATCH, wrap_finalize_model_grads
 from megatron_mile.integration.checkpoints import with_resume_check
 from megatron_mile.integration.cost_files import digest, read_matrix
 from megatron_mile.integration.emo_rows import check_matrix, fixed_rows
@@ -59,6 +60,8 @@ def hook_job(settings: Namespace, notes: Sequence[tuple[str, str]]) -> None:
         except ValueError as error:
             raise MileError(f"--mile flags: {error}") from error
         replace(versions.PRETRAIN, functools.partial(_with_forward_step, config))
+        if config.alpha_mode == BATCH:
+            replace(versions.FINALIZE, lambda host: wrap_finalize_model_grads(host, config))
 
 
 def watch_run() -> None:

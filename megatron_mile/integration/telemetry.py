@@ -16,7 +16,11 @@ OWN_FIGURES = ("mile loss", "mile entropy", "mile weight", "mile emo")
 
 
 def report_with_objective(
-    report: dict[str, Any], count: torch.Tensor, figures: Sequence[torch.Tensor], model: Any
+    report: dict[str, Any],
+    count: torch.Tensor,
+    figures: Sequence[torch.Tensor],
+    model: Any,
+    loss_count: torch.Tensor,
 ) -> dict[str, Any]:
     """Add the objective's own figures to the host's report of plain cross-entropy.
 
@@ -32,6 +36,8 @@ def report_with_objective(
         figures: Sums over this rank's tokens, times the mask, in the order of `OWN_FIGURES`: what
             is differentiated, the entropy, the weight, and the distance if there is one.
         model: The model that was run, wrapped or not.
+        loss_count: What the first figure's sum is divided by: `count`, or with normalize batch the
+            sum of weights.
 
     Returns:
         The report as it was, followed by "mile loss" (what is differentiated), "mile entropy"
@@ -39,7 +45,8 @@ def report_with_objective(
     """
     host = report.get(LM_LOSS, next(iter(report.values()), None))
     # In pairs, so that [sum, count] of all figures are made at once.
-    pairs = torch.stack([value for total in figures for value in (total, count)])
+    counts = [loss_count, *[count] * (len(figures) - 1)]
+    pairs = torch.stack([x for pair in zip(figures, counts, strict=True) for x in pair])
     if not _is_sum_of_this_rank(host):
         pairs = sum_over_ranks(pairs, data_group(model))
     ours = (_in_form_of(host, pair) for pair in pairs.float().view(-1, 2).unbind())
@@ -83,6 +90,9 @@ def alpha_scope(args: Mapping[str, Any], normalize: str) -> str:
     """
     if normalize == "none":
         return "1 for every token"
+    if normalize == "batch":
+        sequences, length = (args.get(name) or 1 for name in ("global_batch_size", "seq_length"))
+        return f"formed over the whole global batch of {sequences} sequences of {length} tokens"
     micro_batch, length, ranks = (
         args.get(name) or 1 for name in ("micro_batch_size", "seq_length", "data_parallel_size")
     )

@@ -16,6 +16,7 @@ NAMES = [
     "reduce_loss",
     "token_loss",
     "uninstall",
+    "wrap_finalize_model_grads",
     "wrap_forward_step",
 ]
 

@@ -1,0 +1,75 @@
+"""--mile-normalize batch: the update belongs to the global batch, however it is split."""
+
+import pytest
+from support.training_runs import (
+    FIGURES,
+    JOBS,
+    MILE,
+    STOP,
+    TP1,
+    TP2,
+    Run,
+    TrainingRuns,
+    furthest,
+    mile_errors,
+    tensors,
+)
+
+pytestmark = pytest.mark.slow
+
+# Relative, over 12 steps of fp32.
+SAME = 1e-6
+PER_TOKEN = "--calculate-per-token-loss --global-batch-size 8"
+MLPS = "--hybrid-layer-pattern=---- --position-embedding-type none"
+PIPELINE = "--pipeline-model-parallel-size 2"
+
+
+@pytest.fixture
+def masked(runs: TrainingRuns) -> str:
+    """The flags of a job whose samples, and so micro-batches and ranks, hold unequal masks."""
+    documents = runs.train(1, script=JOBS / "write_documents.py").folder
+    data = f"--data-path {documents} --split 100,0,0 --eod-mask-loss {PER_TOKEN}"
+    return MILE.replace("--mock-data", data)
+
+
+def furthest_of(ours: Run, theirs: Run) -> float:
+    """The largest difference of two runs: the figures, and the size of the gradient."""
+    return max(furthest(ours[figure], theirs[figure]) for figure in (*FIGURES, "grad-norm"))
+
+
+def test_batch_gives_one_update_however_the_batch_is_split(runs: TrainingRuns, masked: str) -> None:
+    def train(normalize: str) -> list[Run]:
+        flags = f"--mile-normalize {normalize}"
+        return [
+            runs.train(1, TP1, masked, flags, "--micro-batch-size 8"),
+            runs.train(1, TP1, masked, flags, "--micro-batch-size 1"),
+            runs.train(2, TP1, masked, flags, "--micro-batch-size 2"),
+        ]
+
+    whole, *split = train("batch")
+    for run in split:
+        print(furthest_of(run, whole))
+        assert furthest_of(run, whole) <= SAME
+    # One micro-batch on one rank is the global batch, so that global is batch; but not elsewhere.
+    same, *other = train("global")
+    print(furthest_of(same, whole))
+    for run in other:
+        print(furthest_of(run, whole))
+        assert furthest_of(run, whole) > 100 * SAME
+    assert "formed over the whole global batch of 8 sequences of 64 tokens" in whole.logs[0]
+
+
+def test_batch_gives_one_update_at_cp2_and_at_pp2(runs: TrainingRuns, masked: str) -> None:
+    flags = f"{masked} --mile-normalize batch"
+    one = runs.train(1, TP1, flags, MLPS, "--micro-batch-size 8")
+    two = runs.train(2, TP1, flags, MLPS, "--micro-batch-size 2 --context-parallel-size 2")
+    print(furthest_of(two, one))
+    assert furthest_of(two, one) <= SAME
+    # From one checkpoint, because stages draw their weights in another order.
+    start = runs.train(2, TP1, PIPELINE, flags, "--train-iters 2 --micro-batch-size 2", save=True)
+    load = f"{flags} --load {start.checkpoint} --finetune"
+    one = runs.train(1, TP1, load, "--micro-batch-size 8")
+    for parts, ranks in (("--micro-batch-size 1", 2), ("--micro-batch-size 2", 4)):
+        piped = runs.train(ranks, TP1, PIPELINE, load, parts)
+        print(furthest_of(piped, one))
+        assert furthest_of(piped, one) <= SAME
