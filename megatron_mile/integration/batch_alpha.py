@@ -64,8 +64,10 @@ def wrap_finalize_model_grads(
             )
         # Other stages have no weights, and get the last one's.
         left = [weights for chunk in model for weights in _weights.pop(unwrap(chunk), [])]
-        total = num_tokens.new_zeros((), dtype=torch.float64)
-        total = torch.stack(left).sum() if left else total
+        if left:
+            total = torch.stack(left).sum()
+        else:
+            total = num_tokens.new_zeros((), dtype=torch.float64)
         with _dividing_by(model, total):
             finalize(model, total, *args, **kwargs)
 
@@ -81,7 +83,9 @@ def _dividing_by(model: Sequence[Any], total: torch.Tensor) -> Iterator[None]:
     """
     for chunk in model:
         scale = chunk.scale_gradients
-        chunk.scale_gradients = lambda _, scale=scale: scale(1 / torch.where(total == 0, 1, total))
+        chunk.scale_gradients = lambda _, scale=scale: scale(
+            total.masked_fill(total == 0, 1).reciprocal()
+        )
     try:
         yield
     finally:

@@ -5,14 +5,11 @@ from support.training_runs import (
     FIGURES,
     JOBS,
     MILE,
-    STOP,
     TP1,
-    TP2,
     Run,
     TrainingRuns,
     furthest,
     mile_errors,
-    tensors,
 )
 
 pytestmark = pytest.mark.slow
@@ -73,3 +70,32 @@ def test_batch_gives_one_update_at_cp2_and_at_pp2(runs: TrainingRuns, masked: st
         piped = runs.train(ranks, TP1, PIPELINE, load, parts)
         print(furthest_of(piped, one))
         assert furthest_of(piped, one) <= SAME
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", "without --calculate-per-token-loss"),
+        (f"{PER_TOKEN} --mtp-num-layers 1", "cannot be combined with --mtp-num-layers 1"),
+        (
+            f"{PER_TOKEN} --num-experts 4 --moe-z-loss-coeff 1e-3",
+            "cannot be combined with --moe-z-loss-coeff 0.001",
+        ),
+    ],
+    ids=["mean", "mtp", "z-loss"],
+)
+def test_batch_is_refused_in_one_line(runs: TrainingRuns, flags: str, expected: str) -> None:
+    run = runs.run(1, TP1, MILE, "--mile-normalize batch", flags)
+    assert run.code != 0
+    (error,) = mile_errors(run.logs[0])
+    assert f"--mile-normalize batch (normalize batch) {expected}" in error
+    assert not run.scalars
+
+
+def test_batch_trains_experts_without_auxiliary_loss(runs: TrainingRuns) -> None:
+    experts = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type allgather"
+    flags = f"{MILE} {PER_TOKEN} {experts} --mile-normalize batch"
+    whole = runs.train(2, TP1, flags, "--expert-model-parallel-size 2 --micro-batch-size 4")
+    split = runs.train(2, TP1, flags, "--expert-model-parallel-size 2 --micro-batch-size 1")
+    print(furthest_of(split, whole))
+    assert furthest_of(split, whole) <= SAME

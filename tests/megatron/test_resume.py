@@ -65,6 +65,14 @@ def test_resume_dp2_bf16_repeats_the_whole_run(runs: TrainingRuns) -> None:
     assert_resumed(whole, half, runs.train(2, TP1, MILE, "--bf16", load, save=True))
 
 
+def test_resume_dp2_batch_repeats_the_whole_run(runs: TrainingRuns) -> None:
+    batch = "--calculate-per-token-loss --global-batch-size 8 --mile-normalize batch"
+    whole = runs.train(2, TP1, MILE, batch, save=True)
+    half = runs.train(2, TP1, MILE, batch, STOP, save=True)
+    load = f"--load {half.checkpoint}"
+    assert_resumed(whole, half, runs.train(2, TP1, MILE, batch, load, save=True))
+
+
 @pytest.mark.parametrize(
     ("flags", "changes"),
     [

@@ -44,7 +44,7 @@ from megatron_mile.errors import MileError
 
 RANKS = 2
 
-SAME = 2e-6  # measured 5.1e-7
+SAME = 5e-7  # measured 3.5e-8 of the gradient
 CONFIG = ObjectiveConfig("mile", gamma=2.0, normalize="batch")
 NOTHING, EVERYTHING = torch.zeros(B, S), torch.ones(B, S)
 # Which tokens count, of the micro-batches of either rank: as many as the other, or not.
@@ -60,6 +60,11 @@ MASKS = {
 def step(masks: Any, model: Any) -> Any:
     """A forward step on the next micro-batch's mask."""
     return forward(model, batch()[1]), functools.partial(host_loss, next(masks))
+
+
+def keep(inputs: list[torch.Tensor], layer: Any, given: tuple[torch.Tensor, ...]) -> None:
+    """Keep what a layer is given."""
+    inputs.append(given[0].detach())
 
 
 def prepared(**settings: Any) -> tuple[Any, Any]:
@@ -87,7 +92,7 @@ def check_update_is_the_weighted_mean_over_the_global_batch() -> None:
     for name, by_rank in MASKS.items():
         ddp, model = prepared()
         hidden: list[torch.Tensor] = []
-        model.output_layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+        model.output_layer.register_forward_pre_hook(functools.partial(keep, hidden))
         truth = helpers.oracle(forward(model, None).detach(), batch()[1], CONFIG)
         masks = torch.stack([mask.double() for masks in by_rank for mask in masks]).sum(0)
         weights = (masks * truth.weight).sum()
@@ -95,10 +100,9 @@ def check_update_is_the_weighted_mean_over_the_global_batch() -> None:
             ddp.zero_grad_buffer()
             reports = run_step(ddp, by_rank[dist.get_rank()])
             upstream = (masks / weights.clamp(min=1e-30)).unsqueeze(-1) * truth.grad
-            expected = torch.einsum("bsv,sbh->vh", upstream, hidden[0].detach().double())
+            expected = torch.einsum("bsv,sbh->vh", upstream, hidden[0].double())
             found = model.output_layer.weight.main_grad
-            print(name, helpers.error(found, expected))
-            assert helpers.error(found, expected) < SAME, name
+            assert helpers.error(found, expected) < SAME / 5, name
             assert (found.abs().max() > 1e-3) == (name != "nothing"), name
         found = sum(torch.stack([report[tag] for tag in FIGURES]) for report in reports)
         dist.all_reduce(found)

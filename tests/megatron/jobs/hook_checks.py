@@ -25,7 +25,14 @@ from support.hook_model import (
 )
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from megatron_mile import ObjectiveConfig, attach, install, uninstall, wrap_forward_step
+from megatron_mile import (
+    ObjectiveConfig,
+    attach,
+    install,
+    uninstall,
+    wrap_finalize_model_grads,
+    wrap_forward_step,
+)
 from megatron_mile.errors import MileCompatError, MileError
 from megatron_mile.integration import refusals
 from megatron_mile.integration.forward import TrainedLoss
@@ -226,11 +233,27 @@ def check_refuse_bert_even_if_it_inherits_the_hook() -> None:
 
 def check_later_steps_never_wait_for_a_value() -> None:
     """As full-iteration CUDA graphs need it: a tensor without values raises where one is read."""
-    config = ObjectiveConfig("mile", backend="torch")  # the blocks of the CPU's look at values
+    for normalize in ("global", "batch"):
+        # The blocks of the CPU's look at values.
+        later_step(ObjectiveConfig("mile", backend="torch", normalize=normalize))
+
+
+def later_step(config: ObjectiveConfig) -> None:
+    """Run the hook and the loss function of a second step, and its end, without values."""
     install(config)
     step, model = wrap_forward_step(forward_step, config), build_model()
+    model.config.calculate_per_token_loss = True
+    scaled = []
+    own = {"scale_gradients": lambda self, scaling: scaled.append(scaling)}
+    model.__class__ = type("Wrapped", (type(model),), own)
+
+    def finalize(model: Any, num_tokens: torch.Tensor) -> None:
+        model[0].scale_gradients(1.0 / torch.clamp(num_tokens, min=1))
+
+    model.config.finalize_model_grads_func = wrap_finalize_model_grads(finalize, config)
     output, loss_func = step(None, model)
     loss_func(output)  # the first step looks for tokens without a target
+    model.config.finalize_model_grads_func([model], torch.tensor(15))
     output, loss_func = step(None, model)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         logits = mode.from_tensor(torch.zeros(S, B, V, requires_grad=True))
@@ -239,7 +262,9 @@ def check_later_steps_never_wait_for_a_value() -> None:
         window, fake = loss_func.args[1], mode.from_tensor(output)
         stats = TokenLoss(*map(mode.from_tensor, window.trained.stats[:5]))
         window.trained = TrainedLoss(fake, stats, config)
-        total, _, report = loss_func(fake)
+        total, tokens, report = loss_func(fake)
+        model.config.finalize_model_grads_func([model], tokens)
+    assert [type(scaling) for scaling in scaled] == [torch.Tensor, FakeTensor]
     assert isinstance(total, FakeTensor)
     assert isinstance(report["mile loss"], FakeTensor)
 
