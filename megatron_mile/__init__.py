@@ -12,10 +12,12 @@ from megatron_mile.config import ObjectiveConfig
 from megatron_mile.emo import CostRows
 from megatron_mile.linear import linear_token_loss
 from megatron_mile.loss import TokenLoss, reduce_loss, token_loss
+from megatron_mile.schedule import GammaSchedule
 
 __version__ = "0.1.0"
 __all__ = [
     "CostRows",
+    "GammaSchedule",
     "ObjectiveConfig",
     "TokenLoss",
     "attach",

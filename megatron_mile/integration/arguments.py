@@ -17,6 +17,8 @@ NO_OBJECTIVE = "none"
 MASK_FLAG = "--mile-mask-padded-vocab"
 FUSED_FLAG = "--mile-fused-linear"
 COST_FLAG = "--mile-emo-cost"
+WARMUP_FLAG = "--mile-gamma-warmup"
+DECAY_FLAG = "--mile-gamma-decay-iters"
 OUTPUT_LAYER = "output-layer"
 
 
@@ -61,6 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         f"a Megatron checkpoint folder; of any width; used by {', '.join(NEED_COST)} "
         f"(default {OUTPUT_LAYER})",
     )
+    for flag, ramp in (
+        (WARMUP_FLAG, "from 0 to its value over the first N: iteration t + 1 has gamma * t / N"),
+        (DECAY_FLAG, "from its value to 0 over the last N before --train-iters: the last has 0"),
+    ):
+        group.add_argument(
+            flag,
+            type=_iterations,
+            default=0,
+            metavar="N",
+            help=f"ramp gamma {ramp}; counts iterations, goes on from a checkpoint's; 0 is none; "
+            f"used by {', '.join(filter(has_gamma, OBJECTIVES))} (default 0)",
+        )
     group.add_argument(
         "--mile-allow-change",
         action="store_true",
@@ -74,6 +88,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "machine without a GPU (default False)",
     )
     return parser
+
+
+def _iterations(text: str) -> int:
+    """Read a number of iterations."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no number of iterations; expected 0 or more")
+    return int(text)
+
+
+def has_gamma(objective: str) -> bool:
+    """Whether an objective has the setting gamma, so that it may have a schedule."""
+    return any(setting.name == "gamma" for setting in OBJECTIVES[objective].settings)
 
 
 def given(argv: Sequence[str]) -> list[str]:
@@ -123,6 +149,12 @@ def _refuse_combination(config: ObjectiveConfig, flags: set[str]) -> None:
     """Stop a job whose flags do not fit its objective."""
     objective = config.objective
     check_objective(config, FUSED_FLAG in flags)
+    ramps = sorted(flags & {WARMUP_FLAG, DECAY_FLAG})
+    if ramps and not has_gamma(objective):
+        raise MileError(
+            f"{', '.join(ramps)} with --mile-objective {objective}, which has no gamma; leave it "
+            "out"
+        )
     for other in OBJECTIVES:
         unused = sorted(flag for flag in flags if flag.startswith(_flag(other) + "-"))
         if unused and other != objective:
@@ -156,6 +188,7 @@ def _refuse_without_objective(flags: set[str]) -> None:
     """
     of_a_run = {MASK_FLAG, FUSED_FLAG, COST_FLAG}
     settings = {_flag(setting.name) for setting in dataclasses.fields(ObjectiveConfig)}
+    settings |= {WARMUP_FLAG, DECAY_FLAG}
     useless = flags & (of_a_run if _flag("objective") in flags else of_a_run | settings)
     if useless:
         default = ObjectiveConfig().objective

@@ -108,6 +108,8 @@ class Window:
         self.calls = 0
         """Losses computed so far, those of multi-token-prediction heads included."""
         self.trained: TrainedLoss | None = None
+        self.gamma: torch.Tensor | None = None
+        """What the main loss was given in place of the setting, if anything."""
         self.normalised = Normalised()
 
     def put(self, stats: TokenLoss, config: ObjectiveConfig) -> torch.Tensor:
@@ -315,7 +317,7 @@ class _Reduction:
             total = total + (loss - (share * probe.detach()).sum())
         figures = [trained, entropies, weights, *distances]
         loss_count = weights if mode == BATCH else mask_sum
-        ours = report_with_objective(report, mask_sum, figures, model, loss_count)
+        ours = report_with_objective(report, mask_sum, figures, model, loss_count, window.gamma)
         return (total, *count, ours)
 
 

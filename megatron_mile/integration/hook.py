@@ -157,13 +157,18 @@ class _MainLoss(NamedTuple):
     inputs: InputsOf | None
 
     def stats(
-        self, model: Any, labels: torch.Tensor, logits: torch.Tensor | DeferredLogits
+        self,
+        model: Any,
+        labels: torch.Tensor,
+        logits: torch.Tensor | DeferredLogits,
+        window: Window,
     ) -> TokenLoss:
         """Return the loss per token, fields [b, s], of labels [b, s] and logits [s, b, V/tp]."""
         group = tp_group(model)
         shape = logits.shape(group) if isinstance(logits, DeferredLogits) else tuple(logits.shape)
         check_shard(model, labels, shape, group)
         given = self.inputs(labels) if self.inputs else {}
+        window.gamma = given.get("gamma")
         turned = {name: x.t() if x.dim() else x for name, x in given.items()}
         if isinstance(logits, DeferredLogits):
             stats = logits.loss(labels.t(), self.config, group, self.vocab_size, turned)
@@ -211,7 +216,7 @@ def _make_hook(
         window.calls += 1
         if window.calls <= models.mtp_heads(self):
             return host(self, labels, logits)
-        return window.put(main_loss.stats(self, labels, logits), config)
+        return window.put(main_loss.stats(self, labels, logits, window), config)
 
     compute_language_model_loss.__wrapped__ = host  # type: ignore[attr-defined]
     compute_language_model_loss.__megatron_mile__ = config  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from megatron_mile.integration.checkpoints import with_resume_check
 from megatron_mile.integration.cost_files import digest, read_matrix
 from megatron_mile.integration.emo_rows import check_matrix, fixed_rows
 from megatron_mile.integration.forward import wrap_forward_step
+from megatron_mile.integration.gamma import schedule_lines, start_schedule, with_gamma
 from megatron_mile.integration.hook import attach, install
 from megatron_mile.integration.host import METHOD, replace, resolve
 from megatron_mile.integration.models import unwrap
@@ -36,6 +37,7 @@ from megatron_mile.integration.telemetry import alpha_scope, describe, start_blo
 from megatron_mile.linear import block_bytes, block_tokens
 from megatron_mile.ops import dispatch
 from megatron_mile.run_record.record import with_record
+from megatron_mile.schedule import GammaSchedule
 
 
 def hook_job(settings: Namespace, notes: Sequence[tuple[str, str]]) -> None:
@@ -60,6 +62,8 @@ def hook_job(settings: Namespace, notes: Sequence[tuple[str, str]]) -> None:
         except ValueError as error:
             raise MileError(f"--mile flags: {error}") from error
         replace(versions.PRETRAIN, functools.partial(_with_forward_step, config))
+        if settings.mile_gamma_warmup or settings.mile_gamma_decay_iters:
+            replace(versions.TRAIN_STEP, with_gamma)
         if config.alpha_mode == BATCH:
             replace(versions.FINALIZE, lambda host: wrap_finalize_model_grads(host, config))
 
@@ -117,11 +121,15 @@ def _with_checks(
         refuse_settings(get_args(), config)
         matrix = _read_cost(get_args())
         built = host(*args, **kwargs)
+        schedule = None
         if config is not None:
             refuse_replaced_loss(get_args())
             refuse_models(built[0])
-            _attach(built[0], config, get_args(), matrix)
-        print_rank_0(start_block([*_objective_lines(get_args(), built[0][-1], config), *notes]))
+            device = next(built[0][-1].parameters()).device
+            schedule = start_schedule(get_args(), config, device)
+            _attach(built[0], config, get_args(), matrix, schedule)
+        lines = _objective_lines(get_args(), built[0][-1], config)
+        print_rank_0(start_block([*lines, *schedule_lines(schedule), *notes]))
         return built
 
     return setup_model_and_optimizer
@@ -141,6 +149,7 @@ def _attach(
     config: ObjectiveConfig,
     args: Namespace,
     matrix: torch.Tensor | None,
+    schedule: GammaSchedule | None,
 ) -> None:
     """Set up what concerns the built models rather than their class."""
     from megatron.training import get_tokenizer
@@ -154,8 +163,9 @@ def _attach(
             check_matrix(matrix, words, unwrap(chunk).vocab_size)
             if getattr(unwrap(chunk), "post_process", True):
                 cost = fixed_rows(matrix, words, chunk)
-        if config.definition.needs_cost or vocab_size or args.mile_fused_linear:
-            attach(chunk, config, vocab_size, args.mile_fused_linear, cost)
+        inputs = schedule.inputs if schedule else None
+        if config.definition.needs_cost or vocab_size or args.mile_fused_linear or inputs:
+            attach(chunk, config, vocab_size, args.mile_fused_linear, cost, inputs)
 
 
 def _objective_lines(

@@ -21,6 +21,7 @@ def report_with_objective(
     figures: Sequence[torch.Tensor],
     model: Any,
     loss_count: torch.Tensor,
+    gamma: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """Add the objective's own figures to the host's report of plain cross-entropy.
 
@@ -38,19 +39,23 @@ def report_with_objective(
         model: The model that was run, wrapped or not.
         loss_count: What the first figure's sum is divided by: `count`, or with normalize batch the
             sum of weights.
+        gamma: The one of this step where a schedule sets it, 0-d; None elsewhere.
 
     Returns:
         The report as it was, followed by "mile loss" (what is differentiated), "mile entropy"
-        (nats), "mile weight", and "mile emo", the distance, if there is one.
+        (nats), "mile weight", and "mile emo", the distance, and "mile gamma", if there is one.
     """
     host = report.get(LM_LOSS, next(iter(report.values()), None))
     # In pairs, so that [sum, count] of all figures are made at once.
     counts = [loss_count, *[count] * (len(figures) - 1)]
-    pairs = torch.stack([x for pair in zip(figures, counts, strict=True) for x in pair])
+    named = dict(zip(OWN_FIGURES, zip(figures, counts, strict=True), strict=False))
+    if gamma is not None and gamma.dim() == 0:
+        named["mile gamma"] = gamma.double(), torch.ones_like(count)
+    pairs = torch.stack([x for pair in named.values() for x in pair])
     if not _is_sum_of_this_rank(host):
         pairs = sum_over_ranks(pairs, data_group(model))
     ours = (_in_form_of(host, pair) for pair in pairs.float().view(-1, 2).unbind())
-    return {**report, **dict(zip(OWN_FIGURES, ours, strict=False))}
+    return {**report, **dict(zip(named, ours, strict=True))}
 
 
 def _is_sum_of_this_rank(host: Any) -> bool:

@@ -69,6 +69,8 @@ CHECK_CHECKPOINT = Symbol(
     "megatron.training.checkpointing", "check_checkpoint_args", ("checkpoint_args",)
 )
 TRAINING = (PRETRAIN, SETUP, ADD_ARGUMENTS, CHECK_CHECKPOINT)
+# One iteration; the loop sets args.curr_iteration before it, to the iterations that are done.
+TRAIN_STEP = Symbol("megatron.training.training", "train_step", ("forward_step_func", "model"))
 # Divides the gradients of a loss per token; the training loop looks it up in its own module.
 FINALIZE = Symbol(
     "megatron.core.distributed.finalize_model_grads",

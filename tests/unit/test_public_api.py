@@ -8,6 +8,7 @@ import megatron_mile
 
 NAMES = [
     "CostRows",
+    "GammaSchedule",
     "ObjectiveConfig",
     "TokenLoss",
     "attach",
