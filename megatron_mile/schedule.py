@@ -43,7 +43,10 @@ class GammaSchedule:
                 gradient flows through the entropy and has no bound at a gamma between.
         """
         if "gamma" not in config.own:
-            raise ValueError(f"a schedule of gamma with the objective {config.objective}, without")
+            raise ValueError(
+                f"a schedule of gamma with the objective {config.objective}, which has none; "
+                "expected mile, focal or another that has"
+            )
         if min(warmup, decay) < 0:
             raise ValueError(f"warmup is {warmup} and decay {decay}; expected iterations >= 0")
         if train_iters is None and decay:

@@ -19,6 +19,7 @@ from support.hook_model import B, S, V, build_model, raises, run_checks
 from support.launches import Launches
 
 from megatron_mile import (
+    GammaSchedule,
     ObjectiveConfig,
     attach,
     wrap_finalize_model_grads,
@@ -61,7 +62,7 @@ def finalize(model: Any, num_tokens: torch.Tensor) -> None:
 
 
 def micro_batch(
-    config: ObjectiveConfig | None, keep_logits: bool = False
+    config: ObjectiveConfig | None, keep_logits: bool = False, scheduled: bool = False
 ) -> tuple[Launches, Launches, Launches]:
     """What a later step does in the hook, in the loss function, and in the backward."""
     model = build_model(tensor_model_parallel_size=TP)
@@ -76,7 +77,8 @@ def micro_batch(
 
     if config is not None:
         model.config.finalize_model_grads_func = wrap_finalize_model_grads(finalize, config)
-        attach(model, config)
+        schedule = GammaSchedule(config, 9, device="meta") if scheduled else None
+        attach(model, config, inputs=schedule.inputs if schedule else None)
         step = wrap_forward_step(step, config)
     phases = (Launches(), Launches(), Launches())
     with phases[0]:
@@ -97,6 +99,14 @@ def check_launches_stay_what_they_are() -> None:
         found[objective, normalize] = tuple(len(phase.names) for phase in micro_batch(config))
     assert found == EXPECTED, found
     assert max(map(sum, found.values())) <= BUDGET
+
+
+def check_a_schedule_of_gamma_costs_one_launch_in_the_report() -> None:
+    for objective in ("mile", "focal"):
+        config = ObjectiveConfig(objective, backend="triton")
+        plain = EXPECTED[objective, "global"]
+        counts = tuple(len(phase.names) for phase in micro_batch(config, scheduled=True))
+        assert counts == (plain[0], plain[1] + 1, plain[2]), counts
 
 
 def check_loss_and_alpha_are_one_collective_each() -> None:
