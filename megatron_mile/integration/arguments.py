@@ -63,18 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         f"a Megatron checkpoint folder; of any width; used by {', '.join(NEED_COST)} "
         f"(default {OUTPUT_LAYER})",
     )
-    for flag, ramp in (
-        (WARMUP_FLAG, "from 0 to its value over the first N: iteration t + 1 has gamma * t / N"),
-        (DECAY_FLAG, "from its value to 0 over the last N before --train-iters: the last has 0"),
-    ):
-        group.add_argument(
-            flag,
-            type=_iterations,
-            default=0,
-            metavar="N",
-            help=f"ramp gamma {ramp}; counts iterations, goes on from a checkpoint's; 0 is none; "
-            f"used by {', '.join(filter(has_gamma, OBJECTIVES))} (default 0)",
-        )
+    _add_ramps(group)
     group.add_argument(
         "--mile-allow-change",
         action="store_true",
@@ -88,6 +77,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "machine without a GPU (default False)",
     )
     return parser
+
+
+def _add_ramps(group: Any) -> None:
+    """Add the flags of gamma's schedule to an argument group."""
+    for flag, ramp in (
+        (WARMUP_FLAG, "from 0 to its value over the first N: iteration t + 1 has gamma * t / N"),
+        (DECAY_FLAG, "from its value to 0 over the last N before --train-iters: the last has 0"),
+    ):
+        group.add_argument(
+            flag,
+            type=_iterations,
+            default=0,
+            metavar="N",
+            help=f"ramp gamma {ramp}; counts iterations, goes on from a checkpoint's; 0 is none; "
+            f"used by {', '.join(filter(has_gamma, OBJECTIVES))} (default 0)",
+        )
 
 
 def _iterations(text: str) -> int:

@@ -15,6 +15,11 @@ from megatron_mile.schedule import GammaSchedule
 _running: GammaSchedule | None = None
 
 
+def has_schedule(args: Namespace) -> bool:
+    """Whether a job's flags ask for a schedule."""
+    return bool(args.mile_gamma_warmup or args.mile_gamma_decay_iters)
+
+
 def start_schedule(
     args: Namespace, config: ObjectiveConfig, device: torch.device
 ) -> GammaSchedule | None:
@@ -30,8 +35,8 @@ def start_schedule(
     """
     global _running
     _running = None
-    ramps = args.mile_gamma_warmup, args.mile_gamma_decay_iters
-    if any(ramps):
+    if has_schedule(args):
+        ramps = args.mile_gamma_warmup, args.mile_gamma_decay_iters
         try:
             _running = GammaSchedule(config, *ramps, args.train_iters, device)
         except ValueError as error:

@@ -24,7 +24,12 @@ from megatron_mile.integration.checkpoints import with_resume_check
 from megatron_mile.integration.cost_files import digest, read_matrix
 from megatron_mile.integration.emo_rows import check_matrix, fixed_rows
 from megatron_mile.integration.forward import wrap_forward_step
-from megatron_mile.integration.gamma import schedule_lines, start_schedule, with_gamma
+from megatron_mile.integration.gamma import (
+    has_schedule,
+    schedule_lines,
+    start_schedule,
+    with_gamma,
+)
 from megatron_mile.integration.hook import attach, install
 from megatron_mile.integration.host import METHOD, replace, resolve
 from megatron_mile.integration.models import unwrap
@@ -62,7 +67,7 @@ def hook_job(settings: Namespace, notes: Sequence[tuple[str, str]]) -> None:
         except ValueError as error:
             raise MileError(f"--mile flags: {error}") from error
         replace(versions.PRETRAIN, functools.partial(_with_forward_step, config))
-        if settings.mile_gamma_warmup or settings.mile_gamma_decay_iters:
+        if has_schedule(settings):
             replace(versions.TRAIN_STEP, with_gamma)
         if config.alpha_mode == BATCH:
             replace(versions.FINALIZE, lambda host: wrap_finalize_model_grads(host, config))
@@ -194,7 +199,9 @@ def _objective_lines(
         (
             "patched",
             f"megatron.core {megatron.core.__version__.split('+')[0]}: LanguageModule.{METHOD}, "
-            "pretrain, setup_model_and_optimizer, check_checkpoint_args",
+            "pretrain, setup_model_and_optimizer, check_checkpoint_args"
+            + ", finalize_model_grads" * (config.alpha_mode == BATCH)
+            + ", train_step" * has_schedule(args),
         ),
     ]
 

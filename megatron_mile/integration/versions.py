@@ -77,7 +77,7 @@ FINALIZE = Symbol(
     "finalize_model_grads",
     ("model", "num_tokens"),
 )
-# From here on it adds tokens up over context-parallel ranks too.
+# From here on finalize_model_grads adds tokens up over context-parallel ranks too.
 TOKENS_OVER_CP: Release = (0, 13)
 INITIALIZE = Symbol("megatron.training.initialize", "initialize_megatron", ("allow_no_cuda",))
 COMPILE_HELPERS = Symbol("megatron.core.datasets.utils", "compile_helpers")

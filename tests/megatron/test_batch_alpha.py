@@ -14,7 +14,7 @@ from support.training_runs import (
 
 pytestmark = pytest.mark.slow
 
-# Relative, over 12 steps of fp32.
+# Relative, over 12 steps of fp32; measured 2.2e-7.
 SAME = 1e-6
 PER_TOKEN = "--calculate-per-token-loss --global-batch-size 8"
 MLPS = "--hybrid-layer-pattern=---- --position-embedding-type none"
@@ -45,13 +45,10 @@ def test_batch_gives_one_update_however_the_batch_is_split(runs: TrainingRuns, m
 
     whole, *split = train("batch")
     for run in split:
-        print(furthest_of(run, whole))
         assert furthest_of(run, whole) <= SAME
     # One micro-batch on one rank is the global batch, so that global is batch; but not elsewhere.
     same, *other = train("global")
-    print(furthest_of(same, whole))
     for run in other:
-        print(furthest_of(run, whole))
         assert furthest_of(run, whole) > 100 * SAME
     assert "formed over the whole global batch of 8 sequences of 64 tokens" in whole.logs[0]
 
@@ -60,7 +57,6 @@ def test_batch_gives_one_update_at_cp2_and_at_pp2(runs: TrainingRuns, masked: st
     flags = f"{masked} --mile-normalize batch"
     one = runs.train(1, TP1, flags, MLPS, "--micro-batch-size 8")
     two = runs.train(2, TP1, flags, MLPS, "--micro-batch-size 2 --context-parallel-size 2")
-    print(furthest_of(two, one))
     assert furthest_of(two, one) <= SAME
     # From one checkpoint, because stages draw their weights in another order.
     start = runs.train(2, TP1, PIPELINE, flags, "--train-iters 2 --micro-batch-size 2", save=True)
@@ -68,7 +64,6 @@ def test_batch_gives_one_update_at_cp2_and_at_pp2(runs: TrainingRuns, masked: st
     one = runs.train(1, TP1, load, "--micro-batch-size 8")
     for parts, ranks in (("--micro-batch-size 1", 2), ("--micro-batch-size 2", 4)):
         piped = runs.train(ranks, TP1, PIPELINE, load, parts)
-        print(furthest_of(piped, one))
         assert furthest_of(piped, one) <= SAME
 
 
@@ -97,5 +92,4 @@ def test_batch_trains_experts_without_auxiliary_loss(runs: TrainingRuns) -> None
     flags = f"{MILE} {PER_TOKEN} {experts} --mile-normalize batch"
     whole = runs.train(2, TP1, flags, "--expert-model-parallel-size 2 --micro-batch-size 4")
     split = runs.train(2, TP1, flags, "--expert-model-parallel-size 2 --micro-batch-size 1")
-    print(furthest_of(split, whole))
     assert furthest_of(split, whole) <= SAME

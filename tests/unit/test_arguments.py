@@ -22,6 +22,8 @@ FLAGS = {
     "--mile-mask-padded-vocab": False,
     "--mile-fused-linear": False,
     "--mile-emo-cost": "output-layer",
+    "--mile-gamma-warmup": 0,
+    "--mile-gamma-decay-iters": 0,
     "--mile-allow-change": False,
     "--mile-cpu": False,
 }

@@ -36,11 +36,12 @@ from support.hook_model import (
 from megatron_mile import (
     ObjectiveConfig,
     attach,
-    install,
     wrap_finalize_model_grads,
     wrap_forward_step,
 )
 from megatron_mile.errors import MileError
+from megatron_mile.integration import versions
+from megatron_mile.integration.host import resolve
 
 RANKS = 2
 
@@ -197,7 +198,7 @@ def check_refuse_loss_functions_that_divide_or_add() -> None:
 def check_other_settings_leave_the_finalisation_alone() -> None:
     for config in (ObjectiveConfig("mile"), ObjectiveConfig("ce", normalize="batch")):
         assert wrap_finalize_model_grads(finalize_model_grads, config) is finalize_model_grads
-    install(ObjectiveConfig("ce", normalize="batch"))
+    assert resolve(versions.FINALIZE) is finalize_model_grads
 
 
 if __name__ == "__main__":
