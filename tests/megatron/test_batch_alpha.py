@@ -48,6 +48,7 @@ def test_batch_gives_one_update_however_the_batch_is_split(runs: TrainingRuns, m
         assert furthest_of(run, whole) <= SAME
     # One micro-batch on one rank is the global batch, so that global is batch; but not elsewhere.
     same, *other = train("global")
+    assert furthest_of(same, whole) <= SAME
     for run in other:
         assert furthest_of(run, whole) > 100 * SAME
     assert "formed over the whole global batch of 8 sequences of 64 tokens" in whole.logs[0]
