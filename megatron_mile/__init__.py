@@ -1,7 +1,8 @@
 """megatron_mile: an entropy-weighted training objective for Megatron, exact at every layout.
 
-`token_loss`, `linear_token_loss`, `reduce_loss` and `load_objective` need torch alone; `install`,
-`uninstall`, `attach`, `wrap_forward_step` and `set_token_weight` put them into a Megatron job and
+`token_loss`, `linear_token_loss`, `reduce_loss`, `load_objective` and `GammaSchedule` need torch
+alone; `install`, `uninstall`, `attach`, `wrap_forward_step`, `set_token_weight` and
+`wrap_finalize_model_grads` put them into a Megatron job and
 import it when first used.
 """
 
@@ -13,10 +14,12 @@ from megatron_mile.emo import CostRows
 from megatron_mile.linear import linear_token_loss
 from megatron_mile.loss import TokenLoss, reduce_loss, token_loss
 from megatron_mile.objective_file import load_objective
+from megatron_mile.schedule import GammaSchedule
 
 __version__ = "0.1.0"
 __all__ = [
     "CostRows",
+    "GammaSchedule",
     "ObjectiveConfig",
     "TokenLoss",
     "attach",
@@ -27,6 +30,7 @@ __all__ = [
     "set_token_weight",
     "token_loss",
     "uninstall",
+    "wrap_finalize_model_grads",
     "wrap_forward_step",
 ]
 
@@ -35,6 +39,7 @@ def __getattr__(name: str) -> Any:
     """Import the Megatron side only when one of its names is asked for."""
     homes = {"install": "hook", "uninstall": "hook", "attach": "hook"}
     homes |= {"wrap_forward_step": "forward", "set_token_weight": "forward"}
+    homes |= {"wrap_finalize_model_grads": "batch_alpha"}
     home = homes.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -60,9 +60,10 @@ _COMMON = (
         "alpha, which keeps the weighted loss comparable with cross-entropy: global one mean "
         "weight over the micro-batch on all data- and context-parallel ranks, local over this "
         "rank's micro-batch, none alpha = 1, official the mean over ranks of each rank's 1 / mean "
-        "weight as in the MiLe authors' code; formed anew in each micro-batch, so that but with "
-        "none the objective depends on micro-batch and data-parallel size",
-        choices=("global", "local", "none", "official"),
+        "weight as in the MiLe authors' code, batch one mean weight over the whole global batch, "
+        "with --calculate-per-token-loss; the others are formed anew in each micro-batch, so that "
+        "but with batch and none the objective depends on micro-batch and data-parallel size",
+        choices=("global", "local", "none", "official", "batch"),
     ),
     Setting(
         "entropy_grad",
@@ -167,6 +168,11 @@ class ObjectiveConfig:
 
     def _refuse_added(self) -> None:
         """Raise ValueError where something is added to an objective that takes nothing."""
+        if self.z_loss and self.alpha_mode == "batch":
+            raise ValueError(
+                f"z_loss={self.z_loss:g} with normalize=batch, which would divide it by the sum of "
+                "weights; use another normalize, or leave it out"
+            )
         given = [name for name in ADDED if getattr(self, name)]
         refused = [name for name in given if name not in taken_by(self.definition)]
         if refused:

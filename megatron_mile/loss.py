@@ -154,8 +154,15 @@ def reduce_loss(
         part in it.
 
     Raises:
-        ValueError: The mask does not fit out.loss.
+        ValueError: The mask does not fit out.loss, or normalize is batch, for which one micro-batch
+            is not enough.
     """
+    if config.alpha_mode == "batch":
+        raise ValueError(
+            "normalize='batch' needs the weights of the whole global batch; where this call sees "
+            "all of it use 'global', else divide the sum of mask * out.loss over the batch by that "
+            "of mask * out.weight"
+        )
     if mask.shape != out.loss.shape or mask.is_complex():
         raise ValueError(
             f"mask is {mask.dtype} {tuple(mask.shape)}; expected a real or bool tensor of the "

@@ -21,6 +21,8 @@ FUSED_FLAG = "--mile-fused-linear"
 COST_FLAG = "--mile-emo-cost"
 FREQUENCY_FLAG = "--mile-token-frequency"
 REPORT_FLAG = "--mile-report"
+WARMUP_FLAG = "--mile-gamma-warmup"
+DECAY_FLAG = "--mile-gamma-decay-iters"
 OUTPUT_LAYER = "output-layer"
 
 
@@ -68,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         f"a Megatron checkpoint folder; of any width; used by {', '.join(NEED_COST)} "
         f"(default {OUTPUT_LAYER})",
     )
+    _add_ramps(group)
     _add_report_flags(group)
     group.add_argument(
         "--mile-allow-change",
@@ -118,6 +121,34 @@ def _add_report_flags(group: Any) -> None:
         "that are named are reported in evaluation too, which then reads the logits once more; "
         "None is all but accuracy, in training (default None)",
     )
+
+
+def _add_ramps(group: Any) -> None:
+    """Add the flags of gamma's schedule to an argument group."""
+    for flag, ramp in (
+        (WARMUP_FLAG, "from 0 to its value over the first N: iteration t + 1 has gamma * t / N"),
+        (DECAY_FLAG, "from its value to 0 over the last N before --train-iters: the last has 0"),
+    ):
+        group.add_argument(
+            flag,
+            type=_iterations,
+            default=0,
+            metavar="N",
+            help=f"ramp gamma {ramp}; counts iterations, goes on from a checkpoint's; 0 is none; "
+            f"used by {', '.join(filter(has_gamma, OBJECTIVES))} (default 0)",
+        )
+
+
+def _iterations(text: str) -> int:
+    """Read a number of iterations."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no number of iterations; expected 0 or more")
+    return int(text)
+
+
+def has_gamma(objective: str) -> bool:
+    """Whether an objective has the setting gamma, so that it may have a schedule."""
+    return any(setting.name == "gamma" for setting in OBJECTIVES[objective].settings)
 
 
 def given(argv: Sequence[str]) -> list[str]:
@@ -174,6 +205,12 @@ def _refuse_combination(config: ObjectiveConfig, flags: set[str]) -> None:
             f"--mile-objective {objective} needs {FREQUENCY_FLAG} FILE; make the file with "
             "tools/token_frequency.py"
         )
+    ramps = sorted(flags & {WARMUP_FLAG, DECAY_FLAG})
+    if ramps and not has_gamma(objective):
+        raise MileError(
+            f"{', '.join(ramps)} with --mile-objective {objective}, which has no gamma; leave it "
+            "out"
+        )
     for other in OBJECTIVES:
         unused = sorted(flag for flag in flags - own if flag.startswith(_flag(other) + "-"))
         if unused and other != objective:
@@ -207,6 +244,7 @@ def _refuse_without_objective(flags: set[str]) -> None:
     """
     of_a_run = {MASK_FLAG, FUSED_FLAG, COST_FLAG, FREQUENCY_FLAG, REPORT_FLAG}
     settings = {_flag(setting.name) for setting in dataclasses.fields(ObjectiveConfig)}
+    settings |= {WARMUP_FLAG, DECAY_FLAG}
     useless = flags & (of_a_run if _flag("objective") in flags else of_a_run | settings)
     if useless:
         default = ObjectiveConfig().objective

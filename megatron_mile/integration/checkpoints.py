@@ -12,6 +12,7 @@ from megatron_mile.integration.arguments import (
     OUTPUT_LAYER,
     Namespace,
     config_from_namespace,
+    has_gamma,
     objective_settings,
 )
 from megatron_mile.integration.telemetry import alpha_scope
@@ -66,10 +67,21 @@ def _resumed_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     cost = stored.get("mile_emo_cost_digest") or OUTPUT_LAYER
     return {
         **settings,
+        **_resumed_ramps(stored),
         "mask_padded_vocab": mask,
         "emo_cost": cost,
         "objective_file": (stored.get("mile_objective_sha256") or "none")[:12],
         "token_frequency": stored.get("mile_token_frequency_digest"),
+    }
+
+
+def _resumed_ramps(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Read gamma's schedule; a decay ends with the run, so that its length is part of it."""
+    decay = stored.get("mile_gamma_decay_iters", 0)
+    end = f" of {stored.get('train_iters')}" if decay else ""
+    return {
+        "gamma_warmup": stored.get("mile_gamma_warmup", 0),
+        "gamma_decay_iters": f"{decay}{end}",
     }
 
 
@@ -85,6 +97,7 @@ def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> l
     else:
         names = defining_settings(objective) + ["emo_cost"] * (objective in NEED_COST)
         names += ["token_frequency"] * (objective in NEED_INPUTS)
+        names += ["gamma_warmup", "gamma_decay_iters"] if has_gamma(objective) else []
     return [
         f"{name} {before[name]} -> {now[name]}"
         for name in (*names, "objective_file", "mask_padded_vocab")

@@ -15,13 +15,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.errors import MileError
+from megatron_mile.integration.batch_alpha import BATCH, keep_weights
 from megatron_mile.integration.host import METHOD
 from megatron_mile.integration.models import data_group, installed_config, unwrap
 from megatron_mile.integration.refusals import refuse_unequal_microbatches
@@ -115,6 +116,8 @@ class Window:
         self.calls = 0
         """Losses computed so far, those of multi-token-prediction heads included."""
         self.trained: TrainedLoss | None = None
+        self.gamma: torch.Tensor | None = None
+        """What the main loss was given in place of the setting, if anything."""
         self.normalised = Normalised()
         self.buckets: torch.Tensor | None = None
         """Index into `BUCKETS` of each label, [b, s], where their losses are to be reported."""
@@ -365,12 +368,16 @@ class _Reduction:
         mask_sum, *reported, broken, negative = sums
         named = dict(zip(_figures(stats), reported, strict=True))
         mode = stats.alpha_mode(self.config)
-        waiting = start_normaliser(sums[:2], mode, _alpha_group(model, mode))
+        group = _alpha_group(model, mode)
+        waiting = start_normaliser(sums[:2], "none" if mode == BATCH else mode, group)
         if not self.checked:
             _refuse_broken(broken, negative)
             _refuse_negative(stats.token_weight)
             self.checked = True
         has_other_leaves = _has_other_leaves(loss, probe)
+        if mode == BATCH:
+            _refuse_outside_batch(self.config, count, has_other_leaves)
+            keep_weights(model, self.config, named["weight"])
         # Only now, because the ranks meet here. A later step in which something is broken ends in
         # NaN, because a look at it would wait for the device.
         alpha = waiting().masked_fill_(sums[-2:].any(), torch.nan)
@@ -382,9 +389,13 @@ class _Reduction:
         total = _Objective.apply(output_tensor, share, alpha, value, stats.z_loss)
         if has_other_leaves:
             total = total + (loss - (share * probe.detach()).sum())
-        figures = {name: named[name] for name in window.report.trained if name in named}
+        counts = {"loss": named["weight"]} if mode == BATCH else {}
+        given = {name: (figure, counts.get(name, mask_sum)) for name, figure in named.items()}
+        if window.gamma is not None:
+            given["gamma"] = window.gamma.double(), torch.ones_like(mask_sum)
+        figures = {name: given[name] for name in window.report.trained if name in given}
         buckets = _bucket_sums(window, probe.detach(), mask)
-        return (total, *count, report_with_objective(report, mask_sum, figures, model, buckets))
+        return (total, *count, report_with_objective(report, figures, model, buckets))
 
 
 def _evaluate(
@@ -407,9 +418,11 @@ def _evaluate(
     report = {key: x.detach() if isinstance(x, torch.Tensor) else x for key, x in report.items()}
     buckets = _bucket_sums(window, output.detach(), mask)
     given = {} if stats is None else _figures(stats)
-    figures = {name: masked(given[name], mask).sum() for name in window.report.evaluated}
     count_of_all = mask.double().sum()
-    report = report_with_objective(report, count_of_all, figures, model, buckets)
+    figures = {
+        name: (masked(given[name], mask).sum(), count_of_all) for name in window.report.evaluated
+    }
+    report = report_with_objective(report, figures, model, buckets)
     return (loss.detach(), *count, report)
 
 
@@ -538,6 +551,27 @@ def _refuse_negative(token_weight: torch.Tensor | None) -> None:
     """Say once, in the first step, what later makes the loss NaN."""
     if token_weight is not None and not (token_weight >= 0).all():
         raise MileError("set_token_weight: a weight is negative or NaN; expected weights >= 0")
+
+
+def _refuse_outside_batch(
+    config: ObjectiveConfig, count: Sequence[Any], has_other_leaves: bool
+) -> None:
+    """Stop a loss function whose sum, or a part of it, is not to be divided by the weights."""
+    if config.alpha_mode != BATCH:
+        raise MileError(
+            f"normalize batch with weights of tokens and the objective {config.objective}, whose "
+            "own weight is 1; use mile with gamma 0, which is the same, or another normalize"
+        )
+    if not count:
+        raise MileError(
+            "normalize batch, but the loss function returned (loss, report), a mean; return "
+            "(loss_sum, num_tokens, report), or use another normalize"
+        )
+    if has_other_leaves:
+        raise MileError(
+            "normalize batch, but the loss function adds a loss that is not made of the losses per "
+            "token, and the sum of weights would divide it too; use another normalize"
+        )
 
 
 def _alpha_group(model: Any, normalize: str) -> ProcessGroup | None:

@@ -186,6 +186,7 @@ class _MainLoss(NamedTuple):
             "token_weight": window.take_token_weight(labels),
             "accuracy": window.report.accuracy,
         }
+        window.gamma = given["inputs"].get("gamma")
         turned = {**given, **_turned_arguments(given["inputs"], given["token_weight"])}
         if isinstance(logits, DeferredLogits):
             return _turned(logits.loss(labels.t(), self.config, group, self.vocab_size, **turned))

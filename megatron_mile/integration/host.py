@@ -22,12 +22,12 @@ def loss_owner() -> type:
     Raises:
         MileCompatError: Megatron is missing, or differs from what versions.py expects.
     """
-    release = _release()
+    found = _checked_release()
     for symbol in versions.CORE:
         resolve(symbol)
     owner = getattr(importlib.import_module(versions.LOSS_METHOD.module), "LanguageModule")  # noqa: B009
     for module_name, class_name, since in versions.MODELS:
-        if release < since:
+        if found < since:
             continue
         model = getattr(_import(module_name), class_name, None)
         if model is None or METHOD in model.__dict__:
@@ -87,20 +87,24 @@ def _drift(expected: str, found: Any) -> MileCompatError:
     )
 
 
-def _release() -> tuple[int, ...]:
-    """(major, minor) of the installed Megatron, with a warning where it is outside the window."""
+def release() -> tuple[int, ...]:
+    """(major, minor) of the installed Megatron."""
     from packaging.version import Version
 
-    found = _import("megatron.core").__version__
-    release = Version(found).release[:2]
+    return Version(_import("megatron.core").__version__).release[:2]
+
+
+def _checked_release() -> tuple[int, ...]:
+    """(major, minor) of the installed Megatron, with a warning where it is outside the window."""
+    found = release()
     first, last = versions.WINDOW
-    if not first <= release <= last:
+    if not first <= found <= last:
         warnings.warn(
             f"megatron_mile was tested with megatron-core {', '.join(versions.TESTED)}, not "
-            f"{found}; signatures are checked, numbers are not",
+            f"{_import('megatron.core').__version__}; signatures are checked, numbers are not",
             stacklevel=4,
         )
-    return release
+    return found
 
 
 def replace(symbol: versions.Symbol, wrapper: Callable[[Any], Any]) -> None:

@@ -19,11 +19,18 @@ from megatron_mile.config import ObjectiveConfig
 from megatron_mile.errors import MileError
 from megatron_mile.integration import arguments, versions
 from megatron_mile.integration.arguments import Namespace
+from megatron_mile.integration.batch_alpha import BATCH, wrap_finalize_model_grads
 from megatron_mile.integration.checkpoints import with_resume_check
 from megatron_mile.integration.cost_files import digest, read_matrix
 from megatron_mile.integration.emo_rows import check_matrix, fixed_rows
 from megatron_mile.integration.forward import wrap_forward_step
-from megatron_mile.integration.hook import attach, install
+from megatron_mile.integration.gamma import (
+    has_schedule,
+    schedule_lines,
+    start_schedule,
+    with_gamma,
+)
+from megatron_mile.integration.hook import BucketsOf, InputsOf, attach, install
 from megatron_mile.integration.host import METHOD, replace, resolve
 from megatron_mile.integration.models import unwrap
 from megatron_mile.integration.refusals import (
@@ -43,6 +50,7 @@ from megatron_mile.linear import block_bytes, block_tokens
 from megatron_mile.objective_file import SOURCES
 from megatron_mile.ops import dispatch
 from megatron_mile.run_record.record import with_record
+from megatron_mile.schedule import GammaSchedule
 
 
 def hook_job(settings: Namespace, notes: Sequence[tuple[str, str]]) -> None:
@@ -69,6 +77,10 @@ def hook_job(settings: Namespace, notes: Sequence[tuple[str, str]]) -> None:
         replace(
             versions.PRETRAIN, functools.partial(_with_forward_step, config, settings.mile_report)
         )
+        if has_schedule(settings):
+            replace(versions.TRAIN_STEP, with_gamma)
+        if config.alpha_mode == BATCH:
+            replace(versions.FINALIZE, lambda host: wrap_finalize_model_grads(host, config))
 
 
 def watch_run() -> None:
@@ -129,11 +141,15 @@ def _with_checks(
         matrix = _read_cost(get_args())
         frequencies = _read_frequencies(get_args())
         built = host(*args, **kwargs)
+        schedule = None
         if config is not None:
             refuse_replaced_loss(get_args())
             refuse_models(built[0])
-            _attach(built[0], config, get_args(), matrix, frequencies)
-        print_rank_0(start_block([*_objective_lines(get_args(), built[0][-1], config), *notes]))
+            device = next(built[0][-1].parameters()).device
+            schedule = start_schedule(get_args(), config, device)
+            _attach(built[0], config, get_args(), matrix, frequencies, schedule)
+        lines = _objective_lines(get_args(), built[0][-1], config)
+        print_rank_0(start_block([*lines, *schedule_lines(schedule), *notes]))
         return built
 
     return setup_model_and_optimizer
@@ -163,6 +179,7 @@ def _attach(
     args: Namespace,
     matrix: torch.Tensor | None,
     frequencies: TokenFrequencies | None,
+    schedule: GammaSchedule | None,
 ) -> None:
     """Set up what concerns the built models rather than their class."""
     from megatron.training import get_tokenizer
@@ -180,14 +197,22 @@ def _attach(
             check_matrix(matrix, words, unwrap(chunk).vocab_size)
             if getattr(unwrap(chunk), "post_process", True):
                 cost = fixed_rows(matrix, words, chunk)
-        buckets = inputs = None
+        buckets: BucketsOf | None = None
+        inputs: InputsOf | None = schedule.inputs if schedule else None
         if frequencies is not None:
             columns = unwrap(chunk).vocab_size
             check_vocabulary(frequencies, args.mile_token_frequency, words, columns)
             device = next(unwrap(chunk).parameters()).device
             tables = FrequencyTables(frequencies, columns, device)
-            buckets, inputs = tables.buckets, tables.inputs if config.definition.inputs else None
-        if config.definition.needs_cost or vocab_size or args.mile_fused_linear or buckets:
+            buckets = tables.buckets
+            inputs = tables.inputs if config.definition.inputs else inputs
+        if (
+            config.definition.needs_cost
+            or vocab_size
+            or args.mile_fused_linear
+            or buckets
+            or inputs
+        ):
             attach(chunk, config, vocab_size, args.mile_fused_linear, cost, inputs, buckets)
 
 
@@ -219,7 +244,9 @@ def _objective_lines(
         (
             "patched",
             f"megatron.core {megatron.core.__version__.split('+')[0]}: LanguageModule.{METHOD}, "
-            "pretrain, setup_model_and_optimizer, check_checkpoint_args",
+            "pretrain, setup_model_and_optimizer, check_checkpoint_args"
+            + ", finalize_model_grads" * (config.alpha_mode == BATCH)
+            + ", train_step" * has_schedule(args),
         ),
     ]
 

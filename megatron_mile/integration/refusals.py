@@ -11,7 +11,7 @@ from megatron_mile.errors import MileError
 from megatron_mile.integration import versions
 from megatron_mile.integration.arguments import MASK_FLAG, Namespace
 from megatron_mile.integration.checkpoint_folder import TRACKER
-from megatron_mile.integration.host import METHOD
+from megatron_mile.integration.host import METHOD, release
 from megatron_mile.integration.models import installed_config, tp_group, unwrap
 
 # Settings of Megatron under which the model's loss is not what is trained, with the reason.
@@ -31,6 +31,15 @@ REPLACED_LOSSES = {
 }
 
 
+# Losses that Megatron adds below the model, and multiplies by the tokens that it divides by.
+LOSSES_BY_TOKENS = {
+    "moe_aux_loss_coeff": "the router's auxiliary loss",
+    "moe_z_loss_coeff": "the router's z-loss",
+    "mtp_num_layers": "the loss of multi-token prediction",
+    "dsa_indexer_loss_coeff": "the indexer's loss",
+}
+
+
 def refuse_settings(args: Namespace, config: ObjectiveConfig | None) -> None:
     """Stop a job whose settings the objective cannot serve exactly.
 
@@ -41,6 +50,8 @@ def refuse_settings(args: Namespace, config: ObjectiveConfig | None) -> None:
     if config is None:
         return
     refuse_unequal_microbatches(args, config.alpha_mode)
+    if config.alpha_mode == "batch":
+        refuse_batch_alpha(args)
     refuse_replaced_loss(args)
 
 
@@ -112,6 +123,34 @@ def refuse_smoothed_padding(config: ObjectiveConfig, columns: int, words: int) -
         raise MileError(
             f"--mile-label-smoothing {config.label_smoothing:g} would spread over {columns} "
             f"columns, of which {columns - words} are padding; add {MASK_FLAG}"
+        )
+
+
+def refuse_batch_alpha(settings: Any) -> None:
+    """Stop where Megatron's division by the number of tokens cannot be that by the weights.
+
+    Args:
+        settings: Megatron's args, or a model's config.
+    """
+    asked = "--mile-normalize batch (normalize batch)"
+    if not settings.calculate_per_token_loss:
+        raise MileError(
+            f"{asked} without --calculate-per-token-loss (calculate_per_token_loss), with which "
+            "Megatron divides by the whole global batch; add it, or use --mile-normalize global"
+        )
+    for name, what in LOSSES_BY_TOKENS.items():
+        value = getattr(settings, name, None)
+        if any(value) if isinstance(value, (list, tuple)) else value:
+            raise MileError(
+                f"{asked} cannot be combined with --{name.replace('_', '-')} {value}: Megatron "
+                f"scales {what} by the number of tokens, and batch divides by the weights; use "
+                "--mile-normalize global, local or none"
+            )
+    if release() < versions.TOKENS_OVER_CP and (settings.context_parallel_size or 1) > 1:
+        raise MileError(
+            f"{asked} with context parallelism: this Megatron adds tokens up over the "
+            "data-parallel ranks alone; use --mile-normalize global, or megatron-core "
+            f"{'.'.join(map(str, versions.TOKENS_OVER_CP))} or later"
         )
 
 

@@ -15,7 +15,7 @@ from megatron_mile.parallel.tokens import sum_over_ranks
 
 LM_LOSS = "lm loss"
 # Ours, as "mile loss" and so on: all but accuracy are reported where nobody says otherwise.
-FIGURES = ("loss", "entropy", "weight", "emo", "z loss", "accuracy")
+FIGURES = ("loss", "entropy", "weight", "emo", "z loss", "gamma", "accuracy")
 OF_BUCKETS = tuple(f"{LM_LOSS} {bucket}" for bucket in BUCKETS)
 # Takes the place of a count of 0, by which the host would divide; any other count is the same
 # number with and without it, in fp32 and fp64, so that figures are 0 where there is no token.
@@ -47,7 +47,11 @@ class Report(NamedTuple):
         if names is None:
             return cls()
         wanted = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
-        absent = {"emo": not config.definition.needs_cost, "z loss": not config.z_loss}
+        absent = {
+            "emo": not config.definition.needs_cost,
+            "z loss": not config.z_loss,
+            "gamma": "gamma" not in config.own,
+        }
         known = [name for name in FIGURES if not absent.get(name)]
         if unknown := [name for name in wanted if name not in known]:
             raise MileError(
@@ -59,8 +63,7 @@ class Report(NamedTuple):
 
 def report_with_objective(
     report: dict[str, Any],
-    count: torch.Tensor,
-    figures: Mapping[str, torch.Tensor],
+    figures: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     model: Any,
     buckets: torch.Tensor | None = None,
 ) -> dict[str, Any]:
@@ -74,20 +77,20 @@ def report_with_objective(
 
     Args:
         report: What the host's loss function reported of plain cross-entropy.
-        count: Sum of this rank's mask, fp64 0-d, as each figure.
-        figures: Sums over this rank's tokens, times the mask, by their names in `FIGURES`.
+        figures: By their names in `FIGURES`: sum over this rank's tokens, times the mask, and what
+            it is divided by, fp64 0-d.
         model: The model that was run, wrapped or not.
         buckets: Sum of plain cross-entropy and of the mask in each of `BUCKETS`, fp64 [3, 2].
 
     Returns:
         The report as it was, followed by the figures, as "mile loss" (what is differentiated, with
         its z-loss), "mile entropy" (nats), "mile weight", "mile emo" (the distance), "mile z loss",
-        "mile accuracy"; then "lm loss high" and so on, with their own counts, if there are buckets,
-        0 for one without tokens.
+        "mile gamma", "mile accuracy"; then "lm loss high" and so on, with their own counts, if
+        there are buckets, 0 for one without tokens.
     """
     host = report.get(LM_LOSS, next(iter(report.values()), None))
     # In pairs, so that [sum, count] of all figures are made at once.
-    given = [value for total in figures.values() for value in (total, count)]
+    given = [value for pair in figures.values() for value in pair]
     names = tuple(f"mile {name}" for name in figures)
     if buckets is not None:
         given += torch.stack([buckets[:, 0], buckets[:, 1].clamp(min=_NO_TOKENS)], 1).view(-1)
@@ -139,6 +142,9 @@ def alpha_scope(args: Mapping[str, Any], normalize: str) -> str:
     """
     if normalize == "none":
         return "1 for every token"
+    if normalize == "batch":
+        sequences, length = (args.get(name) or 1 for name in ("global_batch_size", "seq_length"))
+        return f"formed over the whole global batch of {sequences} sequences of {length} tokens"
     micro_batch, length, ranks = (
         args.get(name) or 1 for name in ("micro_batch_size", "seq_length", "data_parallel_size")
     )

@@ -69,6 +69,16 @@ CHECK_CHECKPOINT = Symbol(
     "megatron.training.checkpointing", "check_checkpoint_args", ("checkpoint_args",)
 )
 TRAINING = (PRETRAIN, SETUP, ADD_ARGUMENTS, CHECK_CHECKPOINT)
+# One iteration; the loop sets args.curr_iteration before it, to the iterations that are done.
+TRAIN_STEP = Symbol("megatron.training.training", "train_step", ("forward_step_func", "model"))
+# Divides the gradients of a loss per token; the training loop looks it up in its own module.
+FINALIZE = Symbol(
+    "megatron.core.distributed.finalize_model_grads",
+    "finalize_model_grads",
+    ("model", "num_tokens"),
+)
+# From here on finalize_model_grads adds tokens up over context-parallel ranks too.
+TOKENS_OVER_CP: Release = (0, 13)
 INITIALIZE = Symbol("megatron.training.initialize", "initialize_megatron", ("allow_no_cuda",))
 COMPILE_HELPERS = Symbol("megatron.core.datasets.utils", "compile_helpers")
 

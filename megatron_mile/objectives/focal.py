@@ -13,7 +13,7 @@ import torch
 from megatron_mile.objectives._objective import GAMMA, Objective
 
 
-def weight(nll: torch.Tensor, entropy: torch.Tensor, gamma: float) -> torch.Tensor:
+def weight(nll: torch.Tensor, entropy: torch.Tensor, gamma: float | torch.Tensor) -> torch.Tensor:
     """Return w = (1 - p_y)^gamma in [0, 1]; 1 for gamma = 0 even at p_y = 1."""
     # expm1 keeps the digits of 1 - p_y where p_y is close to 1.
     return (-torch.expm1(-nll)).clamp(min=0).pow(gamma)

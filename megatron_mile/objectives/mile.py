@@ -23,17 +23,22 @@ SIGMA = Setting(
 )
 
 
-def weight(nll: torch.Tensor, entropy: torch.Tensor, gamma: float, sigma: float) -> torch.Tensor:
+def weight(
+    nll: torch.Tensor, entropy: torch.Tensor, gamma: float | torch.Tensor, sigma: float
+) -> torch.Tensor:
     """Return w = (sigma + H)^gamma, without unit; 1 for gamma = 0 even at sigma + H = 0."""
     return (sigma + entropy).pow(gamma)
 
 
 def weight_slope(
-    nll: torch.Tensor, entropy: torch.Tensor, gamma: float, sigma: float
+    nll: torch.Tensor, entropy: torch.Tensor, gamma: float | torch.Tensor, sigma: float
 ) -> torch.Tensor:
     """Return dw/dH = gamma (sigma + H)^(gamma-1), per nat; 0 for gamma = 0."""
+    # For gamma = 0 not 0 * (sigma + H)^-1, which is NaN at sigma + H = 0.
+    if isinstance(gamma, torch.Tensor):  # at whose value one must not look: that would wait for it
+        return (gamma * (sigma + entropy).pow(gamma - 1)).masked_fill(gamma == 0, 0)
     if gamma == 0:
-        return torch.zeros_like(entropy)  # not 0 * (sigma + H)^-1, which is NaN at sigma + H = 0
+        return torch.zeros_like(entropy)
     return gamma * (sigma + entropy).pow(gamma - 1)
 
 

@@ -65,6 +65,47 @@ def test_resume_dp2_bf16_repeats_the_whole_run(runs: TrainingRuns) -> None:
     assert_resumed(whole, half, runs.train(2, TP1, MILE, "--bf16", load, save=True))
 
 
+GAMMA = "--mile-gamma-warmup 8 --mile-gamma-decay-iters 3"
+
+
+def test_resume_inside_a_warmup_of_gamma_repeats_the_whole_run(runs: TrainingRuns) -> None:
+    """With evaluation between the steps, which is no iteration."""
+    flags = (TP2, EVALUATE, MILE, GAMMA)
+    whole, half = runs.train(2, *flags, save=True), runs.train(2, *flags, STOP, save=True)
+    assert_resumed(whole, half, runs.train(2, *flags, f"--load {half.checkpoint}", save=True))
+    # 12 iterations with gamma 3: in eighths from 0, one with the whole, in thirds to 0.
+    expected = [3 * t / 8 for t in range(8)] + [3.0, 2.0, 1.0, 0.0]
+    assert whole["mile gamma"] == pytest.approx(expected, rel=1e-7)
+    for step in (0, 11):  # gamma 0 is cross-entropy
+        assert whole["mile loss"][step] == pytest.approx(whole["lm loss"][step], rel=2e-7)
+        assert whole["mile weight"][step] == 1
+    assert whole["mile weight"][8] > 10
+    line = "0 to 3 over the first 8, to 0 over the last 3 of 12 iterations"
+    assert line in whole.logs[0]
+    assert "mile gamma: " in whole.logs[-1]
+
+
+def test_resume_refuses_another_schedule_of_gamma(runs: TrainingRuns) -> None:
+    half = runs.train(2, TP2, EVALUATE, MILE, GAMMA, STOP, save=True)
+    for flags, change in (
+        ("--mile-gamma-warmup 4", "gamma_warmup 8 -> 4"),
+        ("--mile-gamma-decay-iters 0", "gamma_decay_iters 3 of 12 -> 0"),
+        ("--train-iters 14", "gamma_decay_iters 3 of 12 -> 3 of 14"),
+    ):
+        run = runs.run(2, TP2, EVALUATE, MILE, GAMMA, flags, f"--load {half.checkpoint}")
+        assert run.code != 0
+        (error,) = mile_errors("\n".join(run.logs))
+        assert change in error
+
+
+def test_resume_dp2_batch_repeats_the_whole_run(runs: TrainingRuns) -> None:
+    batch = "--calculate-per-token-loss --global-batch-size 8 --mile-normalize batch"
+    whole = runs.train(2, TP1, MILE, batch, save=True)
+    half = runs.train(2, TP1, MILE, batch, STOP, save=True)
+    load = f"--load {half.checkpoint}"
+    assert_resumed(whole, half, runs.train(2, TP1, MILE, batch, load, save=True))
+
+
 @pytest.mark.parametrize(
     ("flags", "changes"),
     [

@@ -31,6 +31,8 @@ FLAGS = {
     "--mile-emo-cost": "output-layer",
     "--mile-token-frequency": None,
     "--mile-report": None,
+    "--mile-gamma-warmup": 0,
+    "--mile-gamma-decay-iters": 0,
     "--mile-allow-change": False,
     "--mile-cpu": False,
 }

@@ -108,6 +108,9 @@ def test_config_refuses_what_an_objective_does_not_take() -> None:
     ):
         ObjectiveConfig("power", label_smoothing=0.1, z_loss=0.1)
     assert ObjectiveConfig("power", z_loss=0.1).z_loss == 0.1
+    with pytest.raises(ValueError, match=r"^z_loss=0\.1 with normalize=batch, .* leave it out$"):
+        ObjectiveConfig(z_loss=0.1, normalize="batch")
+    assert ObjectiveConfig("ce", z_loss=0.1, normalize="batch").alpha_mode == "none"
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

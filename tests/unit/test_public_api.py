@@ -8,6 +8,7 @@ import megatron_mile
 
 NAMES = [
     "CostRows",
+    "GammaSchedule",
     "ObjectiveConfig",
     "TokenLoss",
     "attach",
@@ -18,6 +19,7 @@ NAMES = [
     "set_token_weight",
     "token_loss",
     "uninstall",
+    "wrap_finalize_model_grads",
     "wrap_forward_step",
 ]
 

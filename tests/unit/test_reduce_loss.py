@@ -90,3 +90,13 @@ def test_reduce_loss_refuses_a_mask_that_does_not_fit(mask: torch.Tensor) -> Non
     out = token_loss(torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), MILE)
     with pytest.raises(ValueError, match=r"mask is .*shape \(2, 3\)"):
         reduce_loss(out, mask, MILE)
+
+
+def test_reduce_loss_refuses_an_alpha_over_more_than_it_sees() -> None:
+    config = ObjectiveConfig(normalize="batch")
+    out = token_loss(torch.randn(2, 5), torch.zeros(2, dtype=torch.int64), config)
+    with pytest.raises(ValueError, match=r"divide the sum of mask \* out.loss"):
+        reduce_loss(out, torch.ones(2), config)
+    ce = ObjectiveConfig("ce", normalize="batch")  # which forms no alpha
+    out = token_loss(torch.randn(2, 5), torch.zeros(2, dtype=torch.int64), ce)
+    assert reduce_loss(out, torch.ones(2), ce).isfinite()

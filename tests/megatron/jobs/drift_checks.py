@@ -77,7 +77,8 @@ def check_job_names_what_has_moved() -> None:
         text = "before 0.17 have no megatron.training"
         raises(MileCompatError, text, resolve, versions.PRETRAIN)
         return
-    for symbol in (*versions.TRAINING, versions.INITIALIZE, versions.COMPILE_HELPERS):
+    others = (versions.TRAIN_STEP, versions.INITIALIZE, versions.COMPILE_HELPERS)
+    for symbol in (*versions.TRAINING, *others):
         assert callable(resolve(symbol))
         with pytest.MonkeyPatch.context() as patch:
             patch.delattr(f"{symbol.module}.{symbol.name}")

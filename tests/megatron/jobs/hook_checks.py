@@ -25,7 +25,15 @@ from support.hook_model import (
 )
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from megatron_mile import ObjectiveConfig, attach, install, uninstall, wrap_forward_step
+from megatron_mile import (
+    GammaSchedule,
+    ObjectiveConfig,
+    attach,
+    install,
+    uninstall,
+    wrap_finalize_model_grads,
+    wrap_forward_step,
+)
 from megatron_mile.errors import MileCompatError, MileError
 from megatron_mile.integration import refusals
 from megatron_mile.integration.forward import TrainedLoss
@@ -226,22 +234,52 @@ def check_refuse_bert_even_if_it_inherits_the_hook() -> None:
 
 def check_later_steps_never_wait_for_a_value() -> None:
     """As full-iteration CUDA graphs need it: a tensor without values raises where one is read."""
-    config = ObjectiveConfig("mile", backend="torch")  # the blocks of the CPU's look at values
+    for normalize in ("global", "batch"):
+        # The blocks of the CPU's look at values.
+        config = ObjectiveConfig("mile", backend="torch", normalize=normalize)
+        later_step(config, GammaSchedule(config, 9) if normalize == "global" else None)
+    through = ObjectiveConfig("mile", backend="torch", entropy_grad=True)
+    later_step(through, GammaSchedule(through, 9))
+
+
+def later_step(config: ObjectiveConfig, schedule: GammaSchedule | None) -> None:
+    """Run the hook and the loss function of a second step, and its end, without values."""
     install(config)
     step, model = wrap_forward_step(forward_step, config), build_model()
+    model.config.calculate_per_token_loss = True
+    gamma: dict[str, torch.Tensor] = {}
+    if schedule:
+        gamma.update(schedule.inputs())
+        attach(model, config, inputs=lambda labels: gamma)
+    scaled = []
+    own = {"scale_gradients": lambda self, scaling: scaled.append(scaling)}
+    model.__class__ = type("Wrapped", (type(model),), own)
+
+    def finalize(model: Any, num_tokens: torch.Tensor) -> None:
+        model[0].scale_gradients(1.0 / torch.clamp(num_tokens, min=1))
+
+    model.config.finalize_model_grads_func = wrap_finalize_model_grads(finalize, config)
     output, loss_func = step(None, model)
     loss_func(output)  # the first step looks for tokens without a target
+    model.config.finalize_model_grads_func([model], torch.tensor(15))
     output, loss_func = step(None, model)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        if schedule:
+            schedule.gamma = gamma["gamma"] = mode.from_tensor(schedule.gamma)
+            schedule.update(3)
         logits = mode.from_tensor(torch.zeros(S, B, V, requires_grad=True))
         loss = getattr(model, METHOD)(mode.from_tensor(batch()[1]), logits * 1)
         assert isinstance(loss, FakeTensor)
+        assert not schedule or loss_func.args[1].gamma is not None
         window, fake = loss_func.args[1], mode.from_tensor(output)
         stats = TokenLoss(*map(mode.from_tensor, window.trained.stats[:5]))
         window.trained = TrainedLoss(fake, stats, config)
-        total, _, report = loss_func(fake)
+        total, tokens, report = loss_func(fake)
+        model.config.finalize_model_grads_func([model], tokens)
+    assert [type(scaling) for scaling in scaled] == [torch.Tensor, FakeTensor]
     assert isinstance(total, FakeTensor)
     assert isinstance(report["mile loss"], FakeTensor)
+    assert ("mile gamma" in report) == bool(schedule)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,14 @@ import torch
 from support.hook_model import B, S, V, build_model, raises, run_checks
 from support.launches import Launches
 
-from megatron_mile import ObjectiveConfig, attach, wrap_forward_step
+from megatron_mile import (
+    GammaSchedule,
+    ObjectiveConfig,
+    attach,
+    wrap_finalize_model_grads,
+    wrap_forward_step,
+)
+from megatron_mile.integration.batch_alpha import keep_weights
 
 RANKS = 1
 PRETENDED = 4
@@ -31,6 +38,7 @@ EXPECTED = {
     ("mile", "official"): (7, 31, 5),
     ("mile", "local"): (7, 24, 5),
     ("mile", "none"): (7, 21, 5),
+    ("mile", "batch"): (7, 21, 5),
     ("focal", "global"): (10, 25, 5),
     ("dft", "global"): (7, 25, 5),
     ("eaft", "global"): (7, 25, 5),
@@ -62,8 +70,14 @@ def loss_function(
     return loss, count, {"lm loss": torch.cat([loss.clone().detach().view(1), count.view(1)])}
 
 
+def finalize(model: Any, num_tokens: torch.Tensor) -> None:
+    """Megatron's division, without its collectives."""
+    for chunk in model:
+        chunk.scale_gradients(1.0 / torch.clamp(num_tokens, min=1))
+
+
 def micro_batch(
-    config: ObjectiveConfig | None, keep_logits: bool = False
+    config: ObjectiveConfig | None, keep_logits: bool = False, scheduled: bool = False
 ) -> tuple[Launches, Launches, Launches]:
     """What a later step does in the hook, in the loss function, and in the backward."""
     model = build_model(tensor_model_parallel_size=TP)
@@ -77,7 +91,9 @@ def micro_batch(
         return model.compute_language_model_loss(labels, logits), host
 
     if config is not None:
-        attach(model, config)
+        model.config.finalize_model_grads_func = wrap_finalize_model_grads(finalize, config)
+        schedule = GammaSchedule(config, 9, device="meta") if scheduled else None
+        attach(model, config, inputs=schedule.inputs if schedule else None)
         step = wrap_forward_step(step, config)
     phases = (Launches(), Launches(), Launches())
     with phases[0]:
@@ -111,13 +127,42 @@ def check_label_smoothing_launches_nothing_more_and_z_loss_little() -> None:
     assert found == {name: EXPECTED_ADDED[name] for name in ADDED}, found
 
 
+def check_a_schedule_of_gamma_costs_one_launch_in_the_report() -> None:
+    for objective in ("mile", "focal"):
+        config = ObjectiveConfig(objective, backend="triton")
+        plain = EXPECTED[objective, "global"]
+        counts = tuple(len(phase.names) for phase in micro_batch(config, scheduled=True))
+        assert counts == (plain[0], plain[1] + 1, plain[2]), counts
+
+
 def check_loss_and_alpha_are_one_collective_each() -> None:
-    for normalize, expected in {"global": 1, "official": 1, "local": 0, "none": 0}.items():
+    expected_of = {"global": 1, "official": 1, "local": 0, "none": 0, "batch": 0}
+    for normalize, expected in expected_of.items():
         config = ObjectiveConfig("mile", normalize=normalize, backend="triton")
         hook, loss, backward = micro_batch(config)
         assert len(hook.collectives) == 1
         assert len(loss.collectives) == expected
         assert not backward.collectives
+
+
+def check_batch_adds_five_launches_to_a_step() -> None:
+    """To add the weights up, and to divide by them where they are not 0; none to a micro-batch."""
+    model = build_model(tensor_model_parallel_size=TP, calculate_per_token_loss=True)
+    gradients = torch.empty(3, device="meta")
+    own = {"scale_gradients": lambda self, scaling: gradients.mul_(scaling)}
+    model.__class__ = type("Wrapped", (type(model),), own)
+    counts = []
+    for normalize in ("batch", "global"):
+        config = ObjectiveConfig("mile", normalize=normalize)
+        model.config.finalize_model_grads_func = wrap_finalize_model_grads(finalize, config)
+        for _ in range(4 if normalize == "batch" else 0):
+            keep_weights(model, config, torch.empty((), dtype=torch.float64, device="meta"))
+        tokens = torch.empty((), dtype=torch.int, device="meta")
+        with Launches() as counted:
+            model.config.finalize_model_grads_func([model], tokens)
+        assert not counted.collectives
+        counts.append(counted.names)
+    assert len(counts[0]) - len(counts[1]) == 5, counts
 
 
 def check_nothing_of_the_logits_size_is_made() -> None:
