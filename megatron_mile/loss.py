@@ -99,11 +99,8 @@ def token_loss(
     _check_tensors(logits, targets)
     _check_cost(logits, targets, config, cost)
     check_inputs(config, inputs or {})
-    if inplace and _overlaps(logits):
-        raise ValueError(
-            f"inplace=True with logits that overlap in memory (strides {tuple(logits.stride())}); "
-            "pass inplace=False or logits.contiguous()"
-        )
+    if inplace:
+        _check_overlap(logits)
     shard = VocabShard.of(logits.size(-1), vocab_range, tp_group, vocab_size)
     settings = NodeSettings(config, shard, inplace, ignore_index, inputs or {}, accuracy)
     if cost is None:
@@ -279,6 +276,15 @@ def _check_cost(
         raise ValueError(
             f"cost has {len(cost.rows)} rows on {cost.rows.device} for {logits.size(-1)} columns "
             f"of logits on {logits.device}; expected one for each, on the same device"
+        )
+
+
+def _check_overlap(logits: torch.Tensor) -> None:
+    """Raise ValueError if two logits share memory, which cannot be overwritten then."""
+    if _overlaps(logits):
+        raise ValueError(
+            f"inplace=True with logits that overlap in memory (strides {tuple(logits.stride())}); "
+            "pass inplace=False or logits.contiguous()"
         )
 
 

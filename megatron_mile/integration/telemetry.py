@@ -16,6 +16,7 @@ from megatron_mile.parallel.tokens import sum_over_ranks
 LM_LOSS = "lm loss"
 # Ours, as "mile loss" and so on: all but accuracy are reported where nobody says otherwise.
 FIGURES = ("loss", "entropy", "weight", "emo", "accuracy")
+_OF_DISTANCE = ("emo",)
 OF_BUCKETS = tuple(f"{LM_LOSS} {bucket}" for bucket in BUCKETS)
 # Takes the place of a count of 0, by which the host would divide; any other count is the same
 # number with and without it, in fp32 and fp64, so that figures are 0 where there is no token.
@@ -47,7 +48,7 @@ class Report(NamedTuple):
         if names is None:
             return cls()
         wanted = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
-        known = [name for name in FIGURES if name != "emo" or config.definition.needs_cost]
+        known = [x for x in FIGURES if x not in _OF_DISTANCE or config.definition.needs_cost]
         if unknown := [name for name in wanted if name not in known]:
             raise MileError(
                 f"--mile-report {names}: {config.objective} has no {unknown[0]!r}; expected some "
