@@ -106,6 +106,8 @@ class Window:
     def __init__(self) -> None:
         self.calls = 0
         """Losses computed so far, those of multi-token-prediction heads included."""
+        self.heads_ran: bool | None = None
+        """Whether the model's prediction heads have run; None where it has none to be watched."""
         self.trained: TrainedLoss | None = None
         self.normalised = Normalised()
 
@@ -179,14 +181,35 @@ def current_window() -> Window | None:
 
 
 @contextlib.contextmanager
-def _open_window() -> Iterator[Window]:
-    """Open the window of one forward step, which may run inside another."""
+def _open_window(model: Any) -> Iterator[Window]:
+    """Open the window of one forward step of a model, which may run inside another."""
     global _current
-    outer, _current = _current, Window()
+    outer, window = _current, Window()
+    _current = window
     try:
-        yield _current
+        with _watched_heads(unwrap(model), window):
+            yield window
     finally:
         _current = outer
+
+
+@contextlib.contextmanager
+def _watched_heads(model: Any, window: Window) -> Iterator[None]:
+    """Note whether the multi-token-prediction layers of an unwrapped model run meanwhile."""
+    heads = getattr(model, "mtp", None)
+    if not isinstance(heads, torch.nn.Module):
+        yield
+        return
+
+    def note(*_: Any) -> None:
+        window.heads_ran = True
+
+    window.heads_ran = False
+    watch = heads.register_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        watch.remove()
 
 
 def wrap_forward_step(
@@ -218,11 +241,11 @@ def wrap_forward_step(
 
     @functools.wraps(forward_step)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with _open_window() as window:
+        model = _model_among(signature.bind(*args, **kwargs))
+        with _open_window(model) as window:
             output, loss_func = forward_step(*args, **kwargs)
         if loss_func is None or _is_wrapped(loss_func, config):
             return output, loss_func
-        model = _model_among(signature.bind(*args, **kwargs))
         return output, functools.partial(reduction, loss_func, window, model)
 
     wrapped.__megatron_mile__ = config  # type: ignore[attr-defined]

@@ -167,14 +167,14 @@ def _make_hook(
         if not differentiated(logits):
             return host(self, labels, logits)
         window = current_window()
-        if window is None and models.mtp_heads(self):
+        if window is None and models.mtp_heads(self, None):
             raise MileError(
                 "a model with multi-token prediction needs its forward_step wrapped, so that its "
                 "main loss can be told from the others: use megatron_mile.wrap_forward_step"
             )
         window = window or Window()  # outside a forward step: fine until a backward comes
         window.calls += 1
-        if window.calls <= models.mtp_heads(self):
+        if window.calls <= models.mtp_heads(self, window.heads_ran):
             return host(self, labels, logits)
         group = tp_group(self)
         given = inputs(labels) if inputs else {}
