@@ -93,8 +93,13 @@ class Result(NamedTuple):
         return self.passed and self.imported == self.version
 
 
-def install(version: str, cache: Path) -> Path:
+def install(version: str, cache: Path, package: str | None = None) -> Path:
     """Install megatron-core into a folder of its own in the cache, whole or not at all; once.
+
+    Args:
+        version: What it is asked for by.
+        cache: Where its folder will lie.
+        package: What pip is to install, None for this version from PyPI.
 
     Raises:
         subprocess.CalledProcessError: pip failed, and has said why.
@@ -102,7 +107,7 @@ def install(version: str, cache: Path) -> Path:
     folder = cache / version
     if not folder.is_dir():
         with _fresh(folder) as new:
-            _pip(new, f"megatron-core=={version}")
+            _pip(new, package or f"megatron-core=={version}")
             # Wheels leave `megatron` a namespace, into which Python joins every other megatron that
             # it finds; as a package it hides them.
             (new / "megatron" / "__init__.py").touch()
@@ -136,10 +141,17 @@ def run_framework(name: str, cache: Path) -> bool:
     return subprocess.run(pytest, cwd=ROOT, timeout=TIMEOUT_S, check=False).returncode == 0
 
 
-def run_tests(version: str, cache: Path) -> Result:
-    """Run the tests in a process that finds this version first."""
+def run_checkout(checkout: str) -> Result:
+    """Install from a checkout of Megatron-LM, for once because it changes, and run the tests."""
+    with tempfile.TemporaryDirectory() as cache:
+        folder = install("checkout", Path(cache), os.path.abspath(checkout))
+        (info,) = folder.glob("megatron_core-*.dist-info")
+        return run_tests(info.name.removesuffix(".dist-info").partition("-")[2], folder)
+
+
+def run_tests(version: str, folder: Path) -> Result:
+    """Run the tests in a process that finds this version, in this folder, first."""
     start = time.monotonic()
-    folder = install(version, cache)
     print(f"{version}: testing", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "report.xml"
@@ -198,14 +210,19 @@ def _cell(outcomes: Counter[str]) -> str:
 def main(arguments: list[str], cache: Path = CACHE) -> int:
     """Test the versions named, or all; 0 if every test passed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    names = f"default: all versions; or {', '.join(FRAMEWORKS)}"
+    names = f"default: all; or {', '.join(FRAMEWORKS)}, or a checkout of Megatron-LM"
     parser.add_argument("version", nargs="*", default=versions.TESTED, help=names)
     asked = parser.parse_args(arguments).version
     failed = [name for name in asked if name in FRAMEWORKS and not run_framework(name, cache)]
     results = []
     for version in (name for name in asked if name not in FRAMEWORKS):
         try:
-            results.append(run_tests(version, cache))
+            is_checkout = os.path.isdir(os.path.join(version, "megatron", "core"))
+            results.append(
+                run_checkout(version)
+                if is_checkout
+                else run_tests(version, install(version, cache))
+            )
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             print(f"{version}: {error}", file=sys.stderr)
             results.append(Result(version, None, False, read_report(None)[1], 0))
