@@ -1,4 +1,4 @@
-"""HybridModel's layers where there is no Transformer Engine.
+"""HybridModel's layers, and every model's prediction heads, where there is no Transformer Engine.
 
 Megatron has only one set of them, of Transformer Engine's modules (hybrid_layer_specs.py), and
 hybrid_block.py takes its final norm from there too. Attention, MLP and prediction heads are given
@@ -24,11 +24,24 @@ def use_local_layers() -> bool:
         return False
     if HAVE_TE:
         return False
+    _let_heads_be_built()
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     hybrid_block.TENorm = WrappedTorchNorm
     _replace_layers(hybrid_layer_specs.hybrid_stack_spec.submodules)
     return True
+
+
+def _let_heads_be_built() -> None:
+    """Say no where 0.20 asks whether the projection of a prediction head is for inference.
+
+    It asks with `isinstance`, of classes that are none without Transformer Engine
+    (core/tensor_parallel/inference_layers.py of Megatron-LM's main, August 2026).
+    """
+    from megatron.core.transformer import multi_token_prediction
+
+    if hasattr(multi_token_prediction, "is_inference_column_parallel_linear"):
+        multi_token_prediction.is_inference_column_parallel_linear = lambda module: False
 
 
 def _replace_layers(stack: Any) -> None:

@@ -115,6 +115,8 @@ class Window:
         self.report = report
         self.calls = 0
         """Losses computed so far, those of multi-token-prediction heads included."""
+        self.heads_ran: bool | None = None
+        """Whether the model's prediction heads have run; None where it has none to be watched."""
         self.trained: TrainedLoss | None = None
         self.gamma: torch.Tensor | None = None
         """What the main loss was given in place of the setting, if anything."""
@@ -241,14 +243,35 @@ def set_token_weight(weights: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _open_window(report: Report) -> Iterator[Window]:
-    """Open the window of one forward step, which may run inside another."""
+def _open_window(model: Any, report: Report) -> Iterator[Window]:
+    """Open the window of one forward step of a model, which may run inside another."""
     global _current
-    outer, _current = _current, Window(report)
+    outer, window = _current, Window(report)
+    _current = window
     try:
-        yield _current
+        with _watched_heads(unwrap(model), window):
+            yield window
     finally:
         _current = outer
+
+
+@contextlib.contextmanager
+def _watched_heads(model: Any, window: Window) -> Iterator[None]:
+    """Note whether the multi-token-prediction layers of an unwrapped model run meanwhile."""
+    heads = getattr(model, "mtp", None)
+    if not isinstance(heads, torch.nn.Module):
+        yield
+        return
+
+    def note(*_: Any) -> None:
+        window.heads_ran = True
+
+    window.heads_ran = False
+    watch = heads.register_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        watch.remove()
 
 
 def wrap_forward_step(
@@ -285,14 +308,14 @@ def wrap_forward_step(
 
     @functools.wraps(forward_step)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with _open_window(figures) as window:
+        model = _model_among(signature.bind(*args, **kwargs))
+        with _open_window(model, figures) as window:
             output, loss_func = forward_step(*args, **kwargs)
         if loss_func is None:
             return output, loss_func
         if _is_wrapped(loss_func, config):
             window.refuse_unused_weight()
             return output, loss_func
-        model = _model_among(signature.bind(*args, **kwargs))
         return output, functools.partial(reduction, loss_func, window, model)
 
     wrapped.__megatron_mile__ = config  # type: ignore[attr-defined]

@@ -134,6 +134,9 @@ def _obstacle(model: Any, host: Callable[..., Any]) -> str:
         "--defer-embedding-wgrad-compute, which computes this layer's weight gradient later": (
             config.defer_embedding_wgrad_compute
         ),
+        "--output-logit-dtype, which has the product's sums in another dtype": (
+            getattr(layer, "output_dtype", None) is not None
+        ),
         "GTP weight rematerialisation": getattr(layer, "gtp_remat_size", 1) > 1,
         "Megatron-FSDP, which owns the weight's gradient": any(
             hasattr(weight, "__fsdp_param__") for weight in model.parameters()

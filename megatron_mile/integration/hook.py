@@ -219,7 +219,7 @@ def _note_evaluated(
 
 def _window_outside(model: Any) -> Window:
     """Make a window outside of a forward step, which is fine until a backward comes."""
-    if models.mtp_heads(model):
+    if models.mtp_heads(model, None):
         raise MileError(
             "a model with multi-token prediction needs its forward_step wrapped, so that its "
             "main loss can be told from the others: use megatron_mile.wrap_forward_step"
@@ -253,7 +253,7 @@ def _make_hook(
             return host(self, labels, logits)
         window = window or _window_outside(self)
         window.calls += 1
-        if window.calls <= models.mtp_heads(self):
+        if window.calls <= models.mtp_heads(self, window.heads_ran):
             return host(self, labels, logits)
         return window.put(main_loss.stats(self, labels, logits, window), config)
 

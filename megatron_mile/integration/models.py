@@ -97,12 +97,17 @@ def logits_are_read(model: Any) -> bool:
     return bool(getattr(layer, "_forward_hooks", None) or everywhere)
 
 
-def mtp_heads(model: Any) -> int:
-    """How many multi-token-prediction losses come before the main one in each forward.
+def mtp_heads(model: Any, ran: bool | None) -> int:
+    """How many multi-token-prediction losses come before the main one in a forward.
 
-    GPTModel computes them on the last stage wherever its MTP layers are, HybridModel only where
-    they are (`_postprocess` and `forward` of 0.19.2).
+    GPTModel computes them on the last stage wherever its MTP layers are. HybridModel computes them
+    only where they are, and from 0.20 only in a forward that runs them: `compute_mtp_loss` may be
+    False (`_postprocess` and `forward` of 0.19.2, and of Megatron-LM's main in August 2026).
+
+    Args:
+        model: Unwrapped, on the last pipeline stage.
+        ran: Whether its MTP layers have run in this forward; None if nobody looked.
     """
     is_gpt = "GPTModel" in {base.__name__ for base in type(model).__mro__}
-    here = getattr(model, "mtp_process", False) or is_gpt
-    return (model.config.mtp_num_layers or 0) if here else 0
+    here = getattr(model, "mtp_process", False) if ran is None else ran
+    return (model.config.mtp_num_layers or 0) if here or is_gpt else 0

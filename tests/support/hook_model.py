@@ -48,6 +48,7 @@ def build_model(tied: bool = False, **settings: Any) -> GPTModel:
     config = build_config(**settings)
     spec, heads = get_gpt_layer_local_spec(), None
     if config.mtp_num_layers:
+        use_local_layers()
         heads = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
     model = GPTModel(
         config, spec, V, S, share_embeddings_and_output_weights=tied, mtp_block_spec=heads
@@ -61,7 +62,7 @@ def build_hybrid(pattern: str = "*-", **settings: Any) -> Any:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
     use_local_layers()
-    config = build_config(num_layers=len(pattern), **settings)
+    config = build_config(**{"num_layers": len(pattern), **settings})
     return HybridModel(config, hybrid_stack_spec, V, S, hybrid_layer_pattern=pattern).train()
 
 
@@ -88,11 +89,11 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
-def forward(model: Any, labels: torch.Tensor | None) -> torch.Tensor:
+def forward(model: Any, labels: torch.Tensor | None, **settings: Any) -> torch.Tensor:
     """The model's loss per token [b, s], or without labels its logits [b, s, V/tp]."""
     tokens, _ = batch()
     later = torch.ones(S, S).triu(1).bool()[None, None]
-    return model(tokens, torch.arange(S).expand(B, S), later, labels=labels)
+    return model(tokens, torch.arange(S).expand(B, S), later, labels=labels, **settings)
 
 
 def host_loss(

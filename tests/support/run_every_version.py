@@ -7,12 +7,14 @@ needs a C++ compiler). Python, torch and everything else are those of this envir
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -39,6 +41,41 @@ AREAS = {
 }
 
 
+class Framework(NamedTuple):
+    """What is installed to test with a framework on top of Megatron."""
+
+    folder: str
+    """Its name in the cache."""
+    packages: tuple[str, ...]
+    test: str
+    """The name of a file in tests/megatron."""
+
+
+# Frameworks on top of Megatron, by the word that asks for them: their folder in the cache, what is
+# installed there without its dependencies (Bridge's import asks for all of it), and their test.
+FRAMEWORKS = {
+    "megatron-bridge": Framework(
+        "megatron-bridge-0.6.2",
+        (
+            "megatron-bridge==0.6.2",
+            "transformers==5.12.1",
+            "tokenizers==0.22.2",
+            "huggingface-hub==1.33.0",
+            "diffusers==0.42.1",
+            "peft==0.21.2",
+            "nvidia-modelopt==0.47.0",
+            "hydra-core==1.3.8",
+            "antlr4-python3-runtime==4.9.3",
+            "einops==0.8.2",
+            "pulp==4.2.0",
+            "orloge==1.0.0",
+            "cpsat-logutils==1.0.0",
+        ),
+        "test_bridge.py",
+    )
+}
+
+
 class Result(NamedTuple):
     """What the tests of one version came to."""
 
@@ -56,33 +93,65 @@ class Result(NamedTuple):
         return self.passed and self.imported == self.version
 
 
-def install(version: str, cache: Path) -> Path:
+def install(version: str, cache: Path, package: str | None = None) -> Path:
     """Install megatron-core into a folder of its own in the cache, whole or not at all; once.
+
+    Args:
+        version: What it is asked for by.
+        cache: Where its folder will lie.
+        package: What pip is to install, None for this version from PyPI.
 
     Raises:
         subprocess.CalledProcessError: pip failed, and has said why.
     """
     folder = cache / version
-    if folder.is_dir():
-        return folder
-    print(f"{version}: installing into {folder}", flush=True)
-    cache.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        new = Path(temporary) / version
-        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
-        package = f"megatron-core=={version}"
-        subprocess.run([*pip, "--no-deps", "--target", new, package], check=True)
-        # Wheels leave `megatron` a namespace, into which Python joins every other megatron that it
-        # finds; as a package it hides them.
-        (new / "megatron" / "__init__.py").touch()
-        new.rename(folder)
+    if not folder.is_dir():
+        with _fresh(folder) as new:
+            _pip(new, package or f"megatron-core=={version}")
+            # Wheels leave `megatron` a namespace, into which Python joins every other megatron that
+            # it finds; as a package it hides them.
+            (new / "megatron" / "__init__.py").touch()
     return folder
 
 
-def run_tests(version: str, cache: Path) -> Result:
-    """Run the tests in a process that finds this version first."""
+@contextlib.contextmanager
+def _fresh(folder: Path) -> Iterator[Path]:
+    """Give a folder of another name, which gets this one if all goes well."""
+    print(f"installing into {folder}", flush=True)
+    folder.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        new = Path(temporary) / folder.name
+        yield new
+        new.rename(folder)
+
+
+def _pip(folder: Path, *packages: str) -> None:
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
+    subprocess.run([*pip, "--no-deps", "--target", folder, *packages], check=True)
+
+
+def run_framework(name: str, cache: Path) -> bool:
+    """Install a framework on top of Megatron once, and run its test; whether that passed."""
+    framework = FRAMEWORKS[name]
+    if not (cache / framework.folder).is_dir():
+        with _fresh(cache / framework.folder) as new:
+            _pip(new, *framework.packages)
+    test = ROOT / "tests" / "megatron" / framework.test
+    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test)
+    return subprocess.run(pytest, cwd=ROOT, timeout=TIMEOUT_S, check=False).returncode == 0
+
+
+def run_checkout(checkout: str) -> Result:
+    """Install from a checkout of Megatron-LM, for once because it changes, and run the tests."""
+    with tempfile.TemporaryDirectory() as cache:
+        folder = install("checkout", Path(cache), os.path.abspath(checkout))
+        (info,) = folder.glob("megatron_core-*.dist-info")
+        return run_tests(info.name.removesuffix(".dist-info").partition("-")[2], folder)
+
+
+def run_tests(version: str, folder: Path) -> Result:
+    """Run the tests in a process that finds this version, in this folder, first."""
     start = time.monotonic()
-    folder = install(version, cache)
     print(f"{version}: testing", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "report.xml"
@@ -141,16 +210,25 @@ def _cell(outcomes: Counter[str]) -> str:
 def main(arguments: list[str], cache: Path = CACHE) -> int:
     """Test the versions named, or all; 0 if every test passed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("version", nargs="*", default=versions.TESTED, help="default: all")
+    names = f"default: all; or {', '.join(FRAMEWORKS)}, or a checkout of Megatron-LM"
+    parser.add_argument("version", nargs="*", default=versions.TESTED, help=names)
+    asked = parser.parse_args(arguments).version
+    failed = [name for name in asked if name in FRAMEWORKS and not run_framework(name, cache)]
     results = []
-    for version in parser.parse_args(arguments).version:
+    for version in (name for name in asked if name not in FRAMEWORKS):
         try:
-            results.append(run_tests(version, cache))
+            is_checkout = os.path.isdir(os.path.join(version, "megatron", "core"))
+            results.append(
+                run_checkout(version)
+                if is_checkout
+                else run_tests(version, install(version, cache))
+            )
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             print(f"{version}: {error}", file=sys.stderr)
             results.append(Result(version, None, False, read_report(None)[1], 0))
-    print(f"\n{table(results)}")
-    failed = [result.version for result in results if not result.fine]
+    if results:
+        print(f"\n{table(results)}")
+    failed += [result.version for result in results if not result.fine]
     print(f"failed: {', '.join(failed)}" if failed else "all passed")
     return 1 if failed else 0
 

@@ -174,6 +174,7 @@ def check_fused_refuses_an_output_layer_that_somebody_changed() -> None:
         (lambda layer: setattr(layer, "_forward_impl", adapter), "forward somebody has replaced"),
         (lambda layer: layer.register_forward_hook(lambda *_: None), "hooks on the output layer"),
         (lambda layer: setattr(layer, "disable_grad_reduce", True), "LoRA, experts"),
+        (lambda layer: setattr(layer, "output_dtype", torch.float32), "--output-logit-dtype"),
     ):
         model = build_model()
         change(model.output_layer)

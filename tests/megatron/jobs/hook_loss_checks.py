@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import sys
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from support import helpers
 from support.hook_model import (
+    HAS_HYBRID,
     HOST,
     MASK,
     MILE,
@@ -21,6 +23,7 @@ from support.hook_model import (
     Step,
     V,
     batch,
+    build_hybrid,
     build_model,
     forward,
     forward_step,
@@ -181,6 +184,48 @@ def check_prediction_heads_keep_the_hosts_loss() -> None:
     (_, second, main), _ = wrap_forward_step(step, MILE)(None, model)
     assert torch.equal(second, host)
     assert torch.equal(main, plain)
+
+
+def check_main_loss_is_no_head_where_the_heads_are_left_out() -> None:
+    """A HybridModel with a prediction head trains the objective with the head and without."""
+    if not HAS_HYBRID:
+        return
+    model, labels = build_hybrid("*-/*-", num_layers=2, mtp_num_layers=1), batch()[1]
+    with torch.no_grad():
+        logits = forward(model, None)
+    plain = token_loss(logits, labels, MILE).nll
+    heads: list[int] = []
+    model.mtp.register_forward_hook(lambda *_: heads.append(len(results)))
+    install(MILE)
+    results: list[Report] = []
+    for forward_of in (forward, _forward_without_head, forward):
+
+        def step(iterator: Any, model: Any, forward_of: Any = forward_of) -> Step:
+            return forward_of(model, labels), functools.partial(host_loss, MASK)
+
+        output, loss_func = wrap_forward_step(step, MILE)(None, model)
+        assert helpers.error(output, plain) < 1e-6
+        results.append(loss_func(output)[2])
+    assert heads == [0, 2]
+    for name, figure in results[0].items():
+        assert torch.equal(results[1][name], figure), name
+
+
+def _forward_without_head(model: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of a forward that leaves the head out, though the model has it.
+
+    That is an argument from 0.20 on; before, it is done by hand.
+    """
+    if "compute_mtp_loss" in inspect.signature(model.forward).parameters:
+        return forward(model, labels, compute_mtp_loss=False)
+    model.mtp_process = False
+    back = model.output_layer.register_forward_pre_hook(
+        lambda *_: setattr(model, "mtp_process", True)
+    )
+    try:
+        return forward(model, labels)
+    finally:
+        back.remove()
 
 
 def check_backward_refuses_a_loss_that_nobody_normalised() -> None:
