@@ -10,12 +10,16 @@ from _corpus import QuickstartError
 VOCABULARY = 4096
 HEADS = 4
 SEQUENCE, BATCH = 256, 16
+LAYERS = 6
 MODEL = f"""
---num-layers 6 --hidden-size 192 --ffn-hidden-size 512 --num-attention-heads {HEADS}
+--hidden-size 192 --ffn-hidden-size 512 --num-attention-heads {HEADS}
 --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear
 --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
 --seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE}
 """.split()
+GPT = ["--num-layers", str(LAYERS)]
+# The same layers as Megatron's HybridModel has them: attention and MLP are one layer each.
+HYBRID = ["--hybrid-layer-pattern", "*-" * LAYERS]
 # Standard deviations of the first weights. With Megatron's 0.02 for all, so narrow a model drowns
 # its embeddings and stays at the loss of single token frequencies for these first steps.
 INITIAL = ["--init-method-std", "0.04", "--embedding-init-method-std", "0.2"]

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from _corpus import Document, QuickstartError, read_corpus, split, write
 from _folder import BUCKETS, PICTURE, check_folder, prepare_folder, report, write_summary
 from _steps import Stages, one_line_errors, run, torchrun
-from _toy import BATCH, INITIAL, MODEL, SCHEDULE, SEQUENCE, VOCABULARY, Layout, cores
+from _toy import BATCH, GPT, HYBRID, INITIAL, MODEL, SCHEDULE, SEQUENCE, VOCABULARY, Layout, cores
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -45,7 +45,14 @@ ITERATION = re.compile(r" iteration +(\d+)/.* lm loss: (\S+)")
 class Quickstart:
     """One run: its folder, and the stages in their order."""
 
-    def __init__(self, out: Path, objectives: Sequence[str], steps: int, layout: Layout) -> None:
+    def __init__(
+        self,
+        out: Path,
+        objectives: Sequence[str],
+        steps: int,
+        layout: Layout,
+        layers: Sequence[str] = GPT,
+    ) -> None:
         """Plan a run.
 
         Args:
@@ -53,7 +60,9 @@ class Quickstart:
             objectives: names of `OBJECTIVES`.
             steps: of `BATCH` sequences of `SEQUENCE` tokens, for each objective.
             layout: devices and tensor parallel size.
+            layers: flags of the model's layers, `GPT` or `HYBRID`.
         """
+        self.layers = layers
         self.out, self.objectives, self.steps, self.layout = out, objectives, steps, layout
         self.stage = Stages(5 + 2 * len(objectives))
         data = out / "data"
@@ -94,7 +103,8 @@ class Quickstart:
         """Train the model with one objective; the log's iterations move a progress bar."""
         folder, tp = self.out / objective, self.layout.tp
         command = [*torchrun(tp), str(ROOT / "examples" / "pretrain_gpt.py")]
-        command += ["--mile-objective", objective, *MODEL, *INITIAL, *SCHEDULE, *self.tokenizer]
+        command += ["--mile-objective", objective, *MODEL, *self.layers, *INITIAL, *SCHEDULE]
+        command += self.tokenizer
         command += ["--train-iters", str(self.steps), *self.layout.flags(), "--split", "100,0,0"]
         command += ["--data-path", str(self.train_data)]
         if objective in NEED_INPUTS:
@@ -192,6 +202,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=60, help="of each training (default: %(default)s)")
     add("--tp", type=int, help="tensor parallel size (default: 2, or 1 where there is one GPU)")
     add("--out", default="runs/quickstart", help="the run's folder (default: %(default)s)")
+    add("--hybrid", action="store_true", help="train HybridModel instead of GPTModel, same layers")
     add("--overwrite", action="store_true", help="replace an earlier run in --out")
     add("--corpus", help="file or folder of text (default: Python's standard library)")
     return parser.parse_args(argv)
@@ -224,7 +235,8 @@ def quickstart(args: argparse.Namespace) -> None:
         raise QuickstartError(f"--corpus {corpus} lies in --out {out}; choose another --out")
     documents = read_corpus(corpus, left_out=out)
     prepare_folder(out, objectives)
-    print(report(Quickstart(out, objectives, args.steps, layout).run(documents), out))
+    layers = HYBRID if args.hybrid else GPT
+    print(report(Quickstart(out, objectives, args.steps, layout, layers).run(documents), out))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

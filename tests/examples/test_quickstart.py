@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import quickstart
 from _corpus import QuickstartError
+from _folder import prepare_folder
+from _toy import HYBRID, VOCABULARY, Layout
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -80,7 +83,7 @@ def summary(finished: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--objectives", "ce,mule"), "no objective 'mule'; expected one or more of ce, emo"),
+        (("--objectives", "ce,mule"), "no objective 'mule'; expected one or more of ce, deft"),
         (("--objectives", ""), "no objective ''"),
         (("--steps", "0"), "--steps 0: expected at least 1"),
         (("--tp", "3"), "--tp 3: expected 1"),
@@ -159,6 +162,18 @@ def test_quickstart_leaves_a_finished_run_alone(finished: Path, corpus: Path) ->
     assert line.startswith("examples/quickstart.py: error: ")
     assert "give --overwrite or a new --out" in line
     assert _state(finished) == before
+
+
+@pytest.mark.slow
+def test_hybrid_trains_the_same_layers_as_a_hybrid_model(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "data", tmp_path / "data")
+    prepare_folder(tmp_path, ["mile"])
+    run = quickstart.Quickstart(tmp_path, ["mile"], 1, Layout(2), HYBRID)
+    run.train("mile")
+    log = (tmp_path / "logs" / "train_mile.log").read_text()
+    assert re.search(r"hybrid_layer_pattern \.+ \*-\*-\*-\*-\*-\*-\n", log)
+    assert run.losses("mile")[0] == pytest.approx(math.log(VOCABULARY), abs=0.5)
+    assert quickstart.parse_args(["--hybrid"]).hybrid
 
 
 @pytest.mark.slow

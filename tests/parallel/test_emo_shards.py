@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.collectives import CommDebugMode
 from support.emo_oracle import EmoTruth, certain_rows, emo_oracle, hard_cost_rows
 from support.helpers import error, hard_rows, run_ranks
-from torch.distributed.tensor.debug import CommDebugMode
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.emo import CostRows

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.collectives import CommDebugMode
 from support.helpers import (
     error,
     gradients_of,
@@ -14,7 +15,6 @@ from support.helpers import (
     weighted_configs,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mile import ObjectiveConfig, linear

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from support.collectives import CommDebugMode
 from support.helpers import error, oracle, run_ranks
-from torch.distributed.tensor.debug import CommDebugMode
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import reduce_loss, token_loss

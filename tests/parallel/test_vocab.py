@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.collectives import CommDebugMode
 from support.helpers import (
     assert_close,
     error,
@@ -16,7 +17,6 @@ from support.helpers import (
     true_z_loss,
     weighted_configs,
 )
-from torch.distributed.tensor.debug import CommDebugMode
 
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.loss import token_loss
