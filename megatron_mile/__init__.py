@@ -1,4 +1,4 @@
-"""megatron_mile: an entropy-weighted training objective for Megatron, exact at every layout.
+"""megatron_mile: training objectives for Megatron, exact at every layout.
 
 `token_loss`, `linear_token_loss`, `reduce_loss`, `load_objective` and `GammaSchedule` need torch
 alone; `install`, `uninstall`, `attach`, `wrap_forward_step`, `set_token_weight` and

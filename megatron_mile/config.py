@@ -141,7 +141,8 @@ class ObjectiveConfig:
 
     Raises:
         ValueError: A number is out of its range, a name is unknown, entropy_grad is asked for where
-            the weight's slope has no bound, or label smoothing or z-loss where there is neither.
+            the weight's slope has no bound, or label smoothing or z-loss is given to an objective
+            that takes none.
     """
 
     objective: str

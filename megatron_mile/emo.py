@@ -213,7 +213,8 @@ def weigh_emo(
     mixed, weight = mix(nll, distance, **config.own), torch.ones_like(entropy)
     if given.token_weight is not None:
         weight = of_tokens(given.token_weight)
-        mixed = Mix(*(weight * x for x in mixed))
+        nothing = (weight == 0) & ~nll.isnan()  # where a mix may be infinite
+        mixed = Mix(*((weight * x).masked_fill(nothing, 0) for x in mixed))
     loss, of_nll, of_distance = mixed
     fields = torch.stack([loss, nll, entropy, weight, distance])
     flat, tilt = of_nll / total, of_distance / total
@@ -239,7 +240,7 @@ class EmoLoss(torch.autograd.Function):
         settings: NodeSettings,
         costs: TargetCosts,
     ) -> tuple[torch.Tensor, ...]:
-        """Return (loss, nll, entropy, weight, valid, distance) of logits and targets."""
+        """Return (loss, nll, entropy, weight, valid, distance), then accuracy if asked."""
         config, shard, inplace, ignore_index, given = settings
         ctx.set_materialize_grads(False)
         statistics, _ = dispatch.select(config.backend, logits.device, logits.dtype)

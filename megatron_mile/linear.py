@@ -140,7 +140,7 @@ class _LinearLoss(torch.autograd.Function):
         settings: _Settings,
         main_grad: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        """Return (loss, nll, entropy, weight, valid), and the z-loss if there is one, [...]."""
+        """Return (loss, nll, entropy, weight, valid), then z-loss and accuracy if there are."""
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.main_grad = settings, main_grad
         config, shard = settings.config, settings.shard

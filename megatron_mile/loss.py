@@ -93,7 +93,8 @@ def token_loss(
 
     Args:
         logits: [..., V/tp] in fp64, fp32, bf16 or fp16, with any strides. -inf masks an entry,
-            and makes the loss (not its gradient) infinite with label smoothing, as in torch.
+            and with label smoothing makes the loss infinite, as in torch; the gradient only with
+            entropy_grad.
         targets: Integers, [...]: ids in the whole vocabulary.
         config: The objective.
         tp_group: Tensor-parallel group that shares the vocabulary; None for this rank alone.
@@ -157,7 +158,8 @@ def reduce_loss(
         ValueError: The mask does not fit out.loss, or normalize is batch, for which one micro-batch
             is not enough.
     """
-    if config.alpha_mode == "batch":
+    mode = out.alpha_mode(config)
+    if mode == "batch":
         raise ValueError(
             "normalize='batch' needs the weights of the whole global batch; where this call sees "
             "all of it use 'global', else divide the sum of mask * out.loss over the batch by that "
@@ -168,7 +170,7 @@ def reduce_loss(
             f"mask is {mask.dtype} {tuple(mask.shape)}; expected a real or bool tensor of the "
             f"loss's shape {tuple(out.loss.shape)}"
         )
-    alpha = normaliser(out.weight, mask * out.valid, out.alpha_mode(config), group)
+    alpha = normaliser(out.weight, mask * out.valid, mode, group)
     count = mask.double().sum()
     count = torch.where(count == 0, 1, count)
     total = alpha * (masked(out.loss, mask).sum() / count)
@@ -315,6 +317,12 @@ def check_given(config: ObjectiveConfig, given: Given, targets: torch.Tensor) ->
             f"inputs={{{missing[0]!r}: a tensor of the targets' shape}}, in a Megatron job from "
             "--mile-token-frequency or attach(inputs=)"
         )
+    for name, x in given.inputs.items():
+        if x.shape not in ((), targets.shape) or x.device != targets.device:
+            raise ValueError(
+                f"inputs[{name!r}] is {tuple(x.shape)} on {x.device}; expected one number, or one "
+                f"for each of the targets {tuple(targets.shape)} on {targets.device}"
+            )
 
 
 def _check_tensors(logits: torch.Tensor, targets: torch.Tensor) -> None:

@@ -16,8 +16,6 @@ SPENT = (
     "to run the backward twice"
 )
 Gradients = tuple[torch.Tensor | None, ...]
-
-
 Inputs = Mapping[str, torch.Tensor]
 
 
@@ -64,8 +62,12 @@ def of_tokens(token_weight: torch.Tensor) -> torch.Tensor:
 def with_hits(
     fields: torch.Tensor, m: torch.Tensor, z_y: torch.Tensor, valid: torch.Tensor
 ) -> torch.Tensor:
-    """Return the fields [n, ...] and 1 where the target's logit is the largest, ties included."""
-    hits = (z_y >= m) & valid  # never where no shard held the target: z_y is NaN there
+    """Return the fields [n, ...] and 1 where the target's logit is the largest, ties included.
+
+    Never where nll, the second field, is NaN: in a row with NaN, whose m is open, in one of masked
+    logits alone, and where no shard held the target.
+    """
+    hits = (z_y >= m) & valid & ~fields[1].isnan()
     return torch.cat([fields, hits.to(fields.dtype).unsqueeze(0)])
 
 

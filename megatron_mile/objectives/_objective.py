@@ -79,7 +79,7 @@ class Objective:
     check_slope: Callable[..., None] | None = None
     """(settings) -> None; raises ValueError where the slope has no bound."""
     needs_squares: bool = False
-    """Whether `weight` takes `squares`, sum_k p_k^2 of the model's distribution, in (0, 1]."""
+    """Whether the functions take `squares`, sum_k p_k^2 of the model's distribution, in (0, 1]."""
     mix: Callable[..., Mix] | None = None
     """(nll, distance, settings) -> Mix; None for an objective that is a weight alone."""
 

@@ -12,6 +12,7 @@ from megatron_mile.loss import token_loss
 
 V = 64
 CONFIGS = [ObjectiveConfig(name) for name in ("ce", "mile", "emo")]
+CONFIGS += [ObjectiveConfig(label_smoothing=0.1, z_loss=1e-2)]
 
 
 def _rows(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +46,7 @@ def _check(size: int, dtype: torch.dtype) -> None:
         assert out.accuracy.tolist() == truth.tolist()
         assert not out.accuracy.requires_grad
         assert plain.accuracy is None
-        for found, expected in zip(out[:6], plain[:6], strict=True):
+        for found, expected in zip(out[:7], plain[:7], strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     hidden = logits.nan_to_num(neginf=-1e4).requires_grad_()  # 0 * -inf is NaN in a product
     rows = torch.eye(V, dtype=dtype)[inside]

@@ -128,6 +128,7 @@ def oracle(
     if eps:
         smoothed = (1 - eps) * nll - eps * log_p.mean(-1)
     loss = (weight if config.entropy_grad else weight.detach()) * smoothed
+    loss = loss.masked_fill((weight == 0) & known, 0)  # the limit where nll is infinite
     if config.objective in VALUES:
         loss = VALUES[config.objective](nll, config)
     total = loss + true_z_loss(z, config) if config.z_loss else loss

@@ -10,7 +10,7 @@ from megatron_mile.objectives import OBJECTIVES
 LIBRARY = Path(__file__).parents[2] / "megatron_mile"
 FILES = sorted(path.relative_to(LIBRARY).as_posix() for path in LIBRARY.rglob("*.py"))
 
-SCREEN = 72  # lines of a function with its docstring; kernels are the longest
+SCREEN = 64  # lines of a function, its docstring included; of a kernel 72
 ENTRY_POINTS = ("launch.py", "__main__.py")
 # Package -> where it may be imported; a folder ends with "/".
 PERMITS = {
@@ -164,7 +164,8 @@ def test_circle_finds_two_modules_and_three() -> None:
 def test_functions_fit_a_screen_and_the_file_introduces_itself(file: str) -> None:
     tree = _tree(file)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    long = [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= SCREEN]
+    most = SCREEN + 8 * file.endswith("kernel.py")
+    long = [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= most]
     assert long == []
     assert ast.get_docstring(tree)
 

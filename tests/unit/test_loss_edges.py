@@ -276,3 +276,37 @@ def test_token_loss_never_waits_for_a_value(objective: str, inplace: bool) -> No
         out = token_loss(leaf * 1, targets, config, inplace=inplace, **given)
         reduce_loss(out, mask=out.valid, config=config).backward()
         assert leaf.grad is not None
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("objective", ["dft", "deft"])
+def test_a_weight_of_zero_adds_nothing_for_a_masked_target(objective: str, backend: str) -> None:
+    leaf = torch.tensor([[1.0, -torch.inf, 2.0], [0.5, 0.25, 1.0]], requires_grad=True)
+    config = ObjectiveConfig(objective, backend=backend)
+    out = token_loss(leaf, torch.tensor([1, 2]), config)
+    (grad,) = torch.autograd.grad(out.loss.sum(), leaf)
+    assert out.nll[0].isinf()
+    assert out.loss[0] == 0
+    assert not grad[0].any()
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 1), (1,), (2, 4)])
+def test_an_input_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    logits, targets = torch.ones(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"^inputs\['gamma'\] is .* expected one number, or one"):
+        token_loss(logits, targets, MILE, inputs={"gamma": torch.ones(shape)})
+
+
+def test_an_ignored_token_is_no_hit() -> None:
+    logits, targets = torch.tensor([[0.0, 2.0], [0.0, 2.0]]), torch.tensor([1, 0])
+    out = token_loss(logits, targets, MILE, ignore_index=1, accuracy=True)
+    assert out.accuracy is not None
+    assert out.accuracy.tolist() == [0, 0]
+
+
+def test_reduce_loss_says_what_batch_needs_where_tokens_have_weights() -> None:
+    config = ObjectiveConfig("ce", normalize="batch")
+    out = token_loss(torch.ones(2, 3), torch.zeros(2).long(), config, token_weight=torch.ones(2))
+    with pytest.raises(ValueError, match="needs the weights of the whole global batch"):
+        reduce_loss(out, out.valid, config)

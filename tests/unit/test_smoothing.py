@@ -1,5 +1,7 @@
 """Label smoothing, z-loss and deft on one rank: torch's own, the float64 oracle, edges."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,16 +179,39 @@ def test_reduce_loss_adds_the_z_loss_without_alpha() -> None:
     assert leaf.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_what_is_off_changes_no_bit(name: str) -> None:
-    settings_ = {key: getattr(CONFIGS[name], key) for key in ("objective", "gamma", "entropy_grad")}
+@pytest.mark.parametrize("name", ["ce z", "mile smoothed z", "deft smoothed z"])
+def test_a_z_loss_leaves_the_loss_and_its_gradient_bit_for_bit(name: str) -> None:
+    config = CONFIGS[name]
     logits, targets = hard_rows(127, torch.float32)
-    plain, off = (
-        run_loss(logits, targets, ObjectiveConfig(**settings_, **more))
-        for more in ({}, {"label_smoothing": 0.0, "z_loss": 0})
-    )
-    torch.testing.assert_close((*plain[0][:4], plain[1]), (*off[0][:4], off[1]), equal_nan=True)
-    assert plain[0].z_loss is None
+    found = []
+    for used in (config, dataclasses.replace(config, z_loss=0.0)):
+        leaf = logits.clone().requires_grad_()
+        out = token_loss(leaf, targets, used)
+        found.append((*out[:4], *torch.autograd.grad(out.loss, leaf, torch.ones_like(out.loss))))
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", smoothed_configs())
+def test_weights_of_tokens_leave_the_z_loss(name: str) -> None:
+    config = CONFIGS[name]
+    logits, targets = (x[:9] for x in hard_rows(64, FP64))
+    weights = 3 * torch.rand(9, dtype=FP64)
+    of_loss, of_z = torch.rand(2, 9, dtype=FP64)
+    plain = dataclasses.replace(config, z_loss=0.0)
+    truth = oracle(logits, targets, plain, of_loss * weights)
+    z = logits.clone().requires_grad_()
+    true_z = true_z_loss(z, config).masked_fill(targets == IGNORED, 0)
+    (rise,) = torch.autograd.grad(true_z, z, of_z) if config.z_loss else (torch.zeros(()),)
+    leaf = logits.clone().requires_grad_()
+    out = token_loss(leaf, targets, config, token_weight=weights, accuracy=True)
+    pairs = [(x, g) for x, g in ((out.loss, of_loss), (out.z_loss, of_z)) if x is not None]
+    (grad,) = torch.autograd.grad([x for x, _ in pairs], leaf, [g for _, g in pairs])
+    assert error(out.loss, truth.loss * weights) <= TOLERANCE[FP64]
+    assert out.z_loss is None or error(out.z_loss, true_z) <= TOLERANCE[FP64]
+    assert error(grad, truth.grad + rise) <= TOLERANCE[FP64]
+    hits = (logits.argmax(-1) == targets) & (targets != IGNORED)
+    assert out.accuracy is not None
+    assert (out.accuracy >= hits).all()  # where logits are equal any of them counts
 
 
 ROWS = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40)

@@ -188,7 +188,7 @@ def weigh_kernel(
         slope = tl.load(slopes + tokens, mask=inside).to(tl.float64)
         reach = tl.load(source + 3 * rows, mask=inside) - m
         spread = -tl.load(source + 2 * rows, mask=inside) / total
-        tilt = -smoothed * slope / total
+        tilt = tl.where(slope == 0, 0.0, -smoothed * slope / total)
         flat += tilt * spread
         peak += tilt * tl.exp(reach) * (reach + spread)
         flat += tilt * shift
@@ -202,7 +202,7 @@ def weigh_kernel(
         tl.store(fields + 4 * rows + tokens, value, mask=inside)
     out = fields + tokens
     entropy = tl.load(source + 5 * rows, mask=inside)
-    loss = weight * smoothed
+    loss = tl.where(height == 0, 0.0, weight * smoothed)  # 0 * inf is NaN
     if VALUED:
         loss = tl.load(values + tokens, mask=inside).to(tl.float64)
     tl.store(out, tl.where(counts, loss, 0.0), mask=inside)

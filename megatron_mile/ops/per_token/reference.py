@@ -97,11 +97,12 @@ def weigh(
         peak = peak + (height * eps + base)
     if slope is not None:
         spread = -moment / total
-        tilt = -smoothed * slope / total
+        tilt = (-smoothed * slope / total).masked_fill(slope == 0, 0)
         flat = flat + tilt * spread
         peak = peak + tilt * torch.exp(z_y - m) * (z_y - m + spread)
     stacked = _rebase(Coefficients(flat, peak, tilt, base), maxima - m).present()
-    loss = weight * smoothed if value is None else value
+    # What weighs nothing adds 0, also where nll is infinite: 0 * inf is NaN.
+    loss = (weight * smoothed).masked_fill(height == 0, 0) if value is None else value
     fields = [loss, nll, entropy, weight]
     if extras.z_loss:
         log_sum = m + total.log()
