@@ -2,8 +2,7 @@
 
 `token_loss`, `linear_token_loss`, `reduce_loss`, `load_objective` and `GammaSchedule` need torch
 alone; `install`, `uninstall`, `attach`, `wrap_forward_step`, `set_token_weight` and
-`wrap_finalize_model_grads` put them into a Megatron job and
-import it when first used.
+`wrap_finalize_model_grads` put them into a Megatron job and import it when first used.
 """
 
 from importlib import import_module

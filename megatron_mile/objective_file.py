@@ -103,8 +103,6 @@ def _record(path: str, name: str, record: Any) -> Objective:
         problem = f"an objective named {record.name} exists already; give it another name"
     elif record.weight is None or record.mix is not None:
         problem = "expected an objective with a weight, and without a mix"
-    elif record.inputs:
-        problem = f"it takes {record.inputs[0]}, which this library's objectives alone are given"
     elif record.value is not None and record.weight_slope is not None:
         problem = "it has a value and a weight_slope, which is that of w * nll; leave one out"
     elif own := [setting.name for setting in record.settings if setting not in SETTINGS]:
@@ -123,8 +121,9 @@ def _try(where: str, record: Objective, **own: Any) -> None:
         record.check(**own)
     grid = torch.meshgrid(*(torch.tensor(x).double() for x in (_NLL, _ENTROPY)), indexing="ij")
     nll, entropy = (x.clone() for x in grid)
-    if record.needs_squares:
-        own["squares"] = torch.linspace(1e-5, 1, nll.numel(), dtype=nll.dtype).view_as(nll)
+    # What a job gives beside settings: sum p^2, at least e^-H, and shares of the data.
+    own |= {"squares": torch.exp(-entropy)} if record.needs_squares else {}
+    own |= {name: torch.exp(-nll) for name in record.inputs}
     for name in ("weight", "weight_slope", "value"):
         function = getattr(record, name)
         if function is None:

@@ -70,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         f"a Megatron checkpoint folder; of any width; used by {', '.join(NEED_COST)} "
         f"(default {OUTPUT_LAYER})",
     )
-    _add_ramps(group)
     _add_report_flags(group)
+    _add_ramps(group)
     group.add_argument(
         "--mile-allow-change",
         action="store_true",
@@ -117,9 +117,9 @@ def _add_report_flags(group: Any) -> None:
         REPORT_FLAG,
         metavar="LIST",
         help="figures in log and TensorBoard, with commas between: loss, entropy, weight, emo, "
-        "accuracy the share of tokens whose target has the largest logit; entropy and accuracy "
-        "that are named are reported in evaluation too, which then reads the logits once more; "
-        "None is all but accuracy, in training (default None)",
+        "z loss, a schedule's gamma, accuracy the share of tokens whose target has the largest "
+        "logit; entropy and accuracy that are named are reported in evaluation too, which then "
+        "reads the logits once more; None is all but accuracy, in training (default None)",
     )
 
 
@@ -176,7 +176,13 @@ def parse(argv: Sequence[str]) -> Namespace:
         _refuse_without_objective(flags)
     else:
         _refuse_combination(config, flags)
-        Report.of(namespace.mile_report, config)
+        report = Report.of(namespace.mile_report, config)
+        has_ramps = namespace.mile_gamma_warmup or namespace.mile_gamma_decay_iters
+        if namespace.mile_report and "gamma" in report.trained and not has_ramps:
+            raise MileError(
+                f"{REPORT_FLAG} {namespace.mile_report}: gamma stays as it is without "
+                f"{WARMUP_FLAG} or {DECAY_FLAG}; leave it out"
+            )
     return namespace
 
 

@@ -16,7 +16,7 @@ from megatron_mile.integration.arguments import (
     objective_settings,
 )
 from megatron_mile.integration.telemetry import alpha_scope
-from megatron_mile.objectives import NEED_COST, NEED_INPUTS, OBJECTIVES
+from megatron_mile.objectives import NEED_COST, OBJECTIVES
 from megatron_mile.run_record.data import changed_data
 
 
@@ -96,7 +96,7 @@ def changed_settings(stored: Mapping[str, Any], current: Mapping[str, Any]) -> l
         return [f"objective {objective} -> {now['objective']}"]
     else:
         names = defining_settings(objective) + ["emo_cost"] * (objective in NEED_COST)
-        names += ["token_frequency"] * (objective in NEED_INPUTS)
+        names += ["token_frequency"] * bool(OBJECTIVES[objective].inputs)
         names += ["gamma_warmup", "gamma_decay_iters"] if has_gamma(objective) else []
     return [
         f"{name} {before[name]} -> {now[name]}"

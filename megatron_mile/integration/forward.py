@@ -288,8 +288,8 @@ def wrap_forward_step(
             that is a torch module.
         config: The objective that `install` or `attach` was given.
         report: Which figures of ours are reported, with commas between, of loss, entropy, weight,
-            accuracy and emo; None for all but accuracy. Entropy and accuracy that are named are
-            reported in evaluation too, which then reads the logits once more.
+            accuracy, emo, z loss and gamma; None for all but accuracy. Entropy and accuracy that
+            are named are reported in evaluation too, which then reads the logits once more.
 
     Returns:
         A forward step of the same signature. Steps that are differentiated get alpha and the
@@ -443,7 +443,9 @@ def _evaluate(
     given = {} if stats is None else _figures(stats)
     count_of_all = mask.double().sum()
     figures = {
-        name: (masked(given[name], mask).sum(), count_of_all) for name in window.report.evaluated
+        name: (masked(given[name], mask).sum(), count_of_all)
+        for name in window.report.evaluated
+        if name in given
     }
     report = report_with_objective(report, figures, model, buckets)
     return (loss.detach(), *count, report)
@@ -581,9 +583,10 @@ def _refuse_outside_batch(
 ) -> None:
     """Stop a loss function whose sum, or a part of it, is not to be divided by the weights."""
     if config.alpha_mode != BATCH:
+        same = "mile with gamma 0, which is the same, or " * config.definition.is_cross_entropy
         raise MileError(
             f"normalize batch with weights of tokens and the objective {config.objective}, whose "
-            "own weight is 1; use mile with gamma 0, which is the same, or another normalize"
+            f"own weight is 1; use {same}another normalize"
         )
     if not count:
         raise MileError(

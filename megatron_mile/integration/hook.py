@@ -205,14 +205,18 @@ class _MainLoss(NamedTuple):
 
 
 def _note_evaluated(
-    window: Window | None, model: Any, labels: torch.Tensor, logits: torch.Tensor | DeferredLogits
+    window: Window | None,
+    model: Any,
+    labels: torch.Tensor,
+    logits: torch.Tensor | DeferredLogits,
+    backend: str,
 ) -> None:
     """Leave the statistics of logits that are not trained, before the host overwrites them."""
     if window is None or not window.report.evaluated or isinstance(logits, DeferredLogits):
         return
     group = tp_group(model)
     check_shard(model, labels, tuple(logits.shape), group)
-    plain = ObjectiveConfig("ce")
+    plain = ObjectiveConfig("ce", backend=backend)
     stats = token_loss(logits.detach(), labels.t(), plain, group, accuracy=True)
     window.evaluated = _turned(stats)
 
@@ -249,7 +253,7 @@ def _make_hook(
         if window is not None and buckets is not None:
             window.buckets = buckets(labels)  # of the last call, the main loss, to stay
         if not differentiated(logits):
-            _note_evaluated(window, self, labels, logits)
+            _note_evaluated(window, self, labels, logits, config.backend)
             return host(self, labels, logits)
         window = window or _window_outside(self)
         window.calls += 1

@@ -32,7 +32,7 @@ from megatron_mile.integration.gamma import (
 )
 from megatron_mile.integration.hook import BucketsOf, InputsOf, attach, install
 from megatron_mile.integration.host import METHOD, replace, resolve
-from megatron_mile.integration.models import unwrap
+from megatron_mile.integration.models import device_of, unwrap
 from megatron_mile.integration.refusals import (
     refuse_models,
     refuse_replaced_loss,
@@ -145,8 +145,7 @@ def _with_checks(
         if config is not None:
             refuse_replaced_loss(get_args())
             refuse_models(built[0])
-            device = next(built[0][-1].parameters()).device
-            schedule = start_schedule(get_args(), config, device)
+            schedule = start_schedule(get_args(), config, device_of(built[0][-1]))
             _attach(built[0], config, get_args(), matrix, frequencies, schedule)
         lines = _objective_lines(get_args(), built[0][-1], config)
         print_rank_0(start_block([*lines, *schedule_lines(schedule), *notes]))
@@ -202,10 +201,10 @@ def _attach(
         if frequencies is not None:
             columns = unwrap(chunk).vocab_size
             check_vocabulary(frequencies, args.mile_token_frequency, words, columns)
-            device = next(unwrap(chunk).parameters()).device
-            tables = FrequencyTables(frequencies, columns, device)
+            tables = FrequencyTables(frequencies, columns, device_of(chunk))
             buckets = tables.buckets
-            inputs = tables.inputs if config.definition.inputs else inputs
+            if config.definition.inputs:
+                inputs = _joined(tables.inputs, inputs)
         if (
             config.definition.needs_cost
             or vocab_size
@@ -214,6 +213,11 @@ def _attach(
             or inputs
         ):
             attach(chunk, config, vocab_size, args.mile_fused_linear, cost, inputs, buckets)
+
+
+def _joined(first: InputsOf, second: InputsOf | None) -> InputsOf:
+    """Give the inputs of both, as of token frequencies and of a schedule."""
+    return first if second is None else lambda labels: {**first(labels), **second(labels)}
 
 
 def _objective_lines(

@@ -19,6 +19,11 @@ def unwrap(model: Any) -> Any:
     return model
 
 
+def device_of(model: Any) -> torch.device:
+    """Where a model's weights are; a pipeline stage may have none, and computes no loss then."""
+    return next((weight.device for weight in model.parameters()), torch.device("cpu"))
+
+
 def installed_config(function: Any) -> ObjectiveConfig | None:
     """The objective of a function that is our hook, else None."""
     return getattr(function, "__megatron_mile__", None)

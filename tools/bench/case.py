@@ -43,6 +43,8 @@ def config_of(settings: str, backend: str = "auto") -> ObjectiveConfig:
     config = ObjectiveConfig(**values, backend=backend)
     if config.definition.needs_cost:
         raise ValueError(f"objective={config.objective} needs cost rows; use --cost-width")
+    if config.definition.inputs:
+        raise ValueError(f"objective={config.objective} needs inputs per token, which no case has")
     return config
 
 

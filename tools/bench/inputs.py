@@ -130,6 +130,9 @@ def _set_up(settings: str, z: torch.Tensor, log_p: torch.Tensor, nll: torch.Tens
         entropy = -(p * log_p).sum(-1)
         entropy = entropy if config.entropy_slope else entropy.detach()
         weight = config.definition.weight(nll.detach(), entropy, **given)
+        if config.definition.value is not None:
+            value = config.definition.value(nll, entropy, **given)
+            return value + config.z_loss * z.logsumexp(-1).square()
     eps = config.label_smoothing
     smoothed = (1 - eps) * nll - eps * log_p.mean(-1)
     return weight * smoothed + config.z_loss * z.logsumexp(-1).square()

@@ -135,7 +135,7 @@ def check_default_is_what_it_was_and_evaluation_stays_the_hosts() -> None:
 
 
 def check_unknown_names_are_refused() -> None:
-    known = "expected some of loss, entropy, weight, accuracy, with commas between"
+    known = "expected some of loss, entropy, weight, gamma, accuracy, with commas between"
     for names in ("", "los", "loss,", "emo"):
         raises(MileError, known, wrap_forward_step, forward_step, MILE, names)
     wrap_forward_step(forward_step, ObjectiveConfig("emo"), "emo, accuracy")
