@@ -93,6 +93,12 @@ def test_loss_of_split_sequences_matches_float64(runs: TrainingRuns) -> None:
     runs.train(2, script=JOBS / "split_sequence.py")
 
 
+def test_a_pipeline_chunk_without_weights_trains(runs: TrainingRuns) -> None:
+    layout = "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t||L"
+    run = runs.train(2, TP1, MILE, layout, "--global-batch-size 8 --mile-gamma-warmup 2")
+    assert fall(run) > 1
+
+
 def test_training_virtual_pipeline_repeats_the_plain_schedule(runs: TrainingRuns) -> None:
     # Both start from one checkpoint, because chunks draw their weights in another order.
     pipeline = f"{TP1} --num-layers 4 --pipeline-model-parallel-size 2 --global-batch-size 8"

@@ -181,3 +181,23 @@ def test_refused_files_end_in_one_line(
     (error,) = mile_errors("\n".join(run.logs))
     assert expected in error
     assert "Traceback" not in "".join(run.logs)
+
+
+def test_a_file_of_ones_own_gets_frequencies_and_a_schedule(
+    runs: TrainingRuns, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from megatron_mile.objectives import Objective\n"
+        "from megatron_mile.objectives.mile import GAMMA\n"
+        "def weight(nll, entropy, gamma, frequency):\n"
+        "    return (frequency + 1e-3) ** -gamma + 0 * nll\n"
+        "MINE = Objective(name='mine', label='mine', equation='w', settings=(GAMMA,),\n"
+        "                 inputs=('frequency',), weight=weight)\n"
+    )
+    own = flags_of(data).replace("objective mile", f"objective {tmp_path}/mine.py:MINE")
+    flags = f"--mile-token-frequency {data}/frequency.json --mile-gamma-warmup 4 --train-iters 6"
+    run = runs.train(1, TP1, own, flags)
+    weights, gammas = run["mile weight"], run["mile gamma"]
+    assert gammas == [gammas[-1] * part for part in (0, 0.25, 0.5, 0.75, 1, 1)]
+    assert weights[0] == 1
+    assert min(later / earlier for earlier, later in zip(weights, weights[1:5], strict=False)) > 1.5

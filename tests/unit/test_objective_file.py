@@ -51,6 +51,21 @@ def test_objective_of_a_file_is_one_like_the_others(tmp_path: Path) -> None:
     assert torch.equal(out.loss, out.weight * out.nll)
 
 
+def test_a_file_may_take_sums_of_squares_and_frequencies(tmp_path: Path) -> None:
+    text = FILE.replace("entropy, gamma)", "entropy, gamma, squares, frequency)")
+    text = text.replace("** gamma", "** gamma * squares / frequency")
+    text = text.replace("weight=weight", 'weight=weight, needs_squares=True, inputs=("frequency",)')
+    config = ObjectiveConfig(load_objective(write(tmp_path, text)))
+    logits, targets = torch.randn(9, 50).double(), torch.arange(9)
+    share = torch.rand(9, dtype=torch.float64)
+    out = token_loss(logits, targets, config, inputs={"frequency": share})
+    squares = logits.softmax(-1).square().sum(-1)
+    truth = torch.exp(-out.nll) * squares / share
+    torch.testing.assert_close(out.weight, truth, rtol=1e-13, atol=0)
+    digests = [{"mile_objective": "mine", "mile_token_frequency_digest": x} for x in "ab"]
+    assert changed_settings(*digests) == ["token_frequency a -> b"]
+
+
 def test_a_source_is_run_once_and_a_name_belongs_to_one(tmp_path: Path) -> None:
     source = write(tmp_path)
     assert load_objective(source) == load_objective(source) == "mine"
