@@ -1,7 +1,8 @@
 """Write a Megatron dataset of short documents; its prefix is the last argument.
 
 Documents of 3 to 40 tokens, so that --eod-mask-loss masks another number of tokens in each sample.
-A number in front of the prefix is that of the documents' different tokens, 1 for their end alone.
+A first argument that is a number is that of the documents' different tokens, 1 for their end alone;
+all others, a job's flags, mean nothing here.
 """
 
 import sys
@@ -24,4 +25,5 @@ def main(prefix: str, kinds: int = END_OF_DOCUMENT + 1) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[-1], *map(int, sys.argv[1:-1]))
+    first, prefix = sys.argv[1], sys.argv[-1]
+    main(prefix, *([int(first)] if first.isdecimal() else []))
