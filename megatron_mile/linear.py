@@ -108,8 +108,8 @@ def linear_token_loss(
     shard = VocabShard.of(weight.size(0), vocab_range, tp_group, vocab_size)
     settings = _Settings(config, shard, chunk_tokens, sequence_parallel, ignore_index, given)
     main_grad = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
-    out = as_token_loss(_LinearLoss.apply(hidden, weight, targets, settings, main_grad), config)
-    return out._replace(token_weight=token_weight)
+    results = _LinearLoss.apply(hidden, weight, targets, settings, main_grad)
+    return as_token_loss(results, config, token_weight)
 
 
 def block_bytes(device: torch.device) -> int:

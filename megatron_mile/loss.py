@@ -133,7 +133,7 @@ def token_loss(
     else:
         rows = cost.fetch(targets, tp_group, vocab_range) if isinstance(cost, CostRows) else cost
         results = EmoLoss.apply(logits, targets, settings, rows)
-    return as_token_loss(results, config)._replace(token_weight=token_weight)
+    return as_token_loss(results, config, token_weight)
 
 
 def reduce_loss(
@@ -227,13 +227,15 @@ class _WeightedLoss(torch.autograd.Function):
         return out, None, None
 
 
-def as_token_loss(results: tuple[torch.Tensor, ...], config: ObjectiveConfig) -> TokenLoss:
+def as_token_loss(
+    results: tuple[torch.Tensor, ...], config: ObjectiveConfig, token_weight: torch.Tensor | None
+) -> TokenLoss:
     """Return what a node gave: five fields, then distance, z-loss and accuracy if there are."""
     loss, nll, entropy, weight, valid, *others = results
     emo = others.pop(0) if config.definition.needs_cost else None
     z_loss = others.pop(0) if config.z_loss else None
     accuracy = others[0] if others else None
-    return TokenLoss(loss, nll, entropy, weight, valid, emo, z_loss, accuracy=accuracy)
+    return TokenLoss(loss, nll, entropy, weight, valid, emo, z_loss, token_weight, accuracy)
 
 
 def scale(
