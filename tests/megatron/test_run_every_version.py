@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import zipfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from support import run_every_version
+from support.stub_wheels import VERSION, stub_wheel
 
 pytestmark = pytest.mark.slow
 
-VERSION = "0.0.1"
 IMPORTS = """
 import importlib.util, megatron.core
 print(megatron.core.__version__, importlib.util.find_spec("megatron.training"))
@@ -22,22 +21,15 @@ print(megatron.core.__version__, importlib.util.find_spec("megatron.training"))
 
 
 @pytest.fixture
-def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a megatron-core that holds its version and nothing else; pip's only index."""
-    folder = tmp_path / "wheels"
-    folder.mkdir()
-    info = f"megatron_core-{VERSION}.dist-info"
-    with zipfile.ZipFile(folder / f"megatron_core-{VERSION}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("megatron/core/__init__.py", f"__version__ = {VERSION!r}\n")
-        wheel.writestr(f"{info}/METADATA", f"Name: megatron-core\nVersion: {VERSION}\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A megatron-core that holds its version and nothing else, in pip's only index."""
+    wheel = stub_wheel(tmp_path / "wheels", "megatron-core", "megatron/core")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    return folder
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    return wheel
 
 
-def test_install_hides_the_megatron_of_the_environment(wheels: Path, tmp_path: Path) -> None:
+def test_install_hides_the_megatron_of_the_environment(wheel: Path, tmp_path: Path) -> None:
     folder = run_every_version.install(VERSION, tmp_path / "cache")
     done = subprocess.run(
         [sys.executable, "-c", IMPORTS],
@@ -49,20 +41,20 @@ def test_install_hides_the_megatron_of_the_environment(wheels: Path, tmp_path: P
     assert done.stdout.split() == [VERSION, "None"]
 
 
-def test_install_happens_once(wheels: Path, tmp_path: Path) -> None:
+def test_install_happens_once(wheel: Path, tmp_path: Path) -> None:
     folder = run_every_version.install(VERSION, tmp_path / "cache")
-    (wheels / f"megatron_core-{VERSION}-py3-none-any.whl").unlink()
+    wheel.unlink()
     assert run_every_version.install(VERSION, tmp_path / "cache") == folder
 
 
-def test_install_leaves_nothing_when_it_fails(wheels: Path, tmp_path: Path) -> None:
+def test_install_leaves_nothing_when_it_fails(wheel: Path, tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         run_every_version.install("0.0.2", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
 def test_main_tells_what_failed(
-    wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    wheel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_every_version.main([VERSION, "0.0.2"], tmp_path / "cache") == 1
     *_, header, first, second, last = capsys.readouterr().out.splitlines()
