@@ -212,20 +212,18 @@ def main(arguments: list[str], cache: Path = CACHE) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = f"default: all; or {', '.join(FRAMEWORKS)}, or a checkout of Megatron-LM"
     parser.add_argument("version", nargs="*", default=versions.TESTED, help=names)
-    asked = parser.parse_args(arguments).version
-    failed = [name for name in asked if name in FRAMEWORKS and not run_framework(name, cache)]
-    results = []
-    for version in (name for name in asked if name not in FRAMEWORKS):
+    failed, results = [], []
+    for name in parser.parse_args(arguments).version:
         try:
-            is_checkout = os.path.isdir(os.path.join(version, "megatron", "core"))
-            results.append(
-                run_checkout(version)
-                if is_checkout
-                else run_tests(version, install(version, cache))
-            )
+            if name in FRAMEWORKS:
+                failed += [] if run_framework(name, cache) else [name]
+            elif os.path.isdir(os.path.join(name, "megatron", "core")):
+                results.append(run_checkout(name))
+            else:
+                results.append(run_tests(name, install(name, cache)))
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            print(f"{version}: {error}", file=sys.stderr)
-            results.append(Result(version, None, False, read_report(None)[1], 0))
+            print(f"{name}: {error}", file=sys.stderr)
+            results.append(Result(name, None, False, read_report(None)[1], 0))
     if results:
         print(f"\n{table(results)}")
     failed += [result.version for result in results if not result.fine]
