@@ -37,7 +37,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import the Megatron side only when one of its names is asked for."""
     homes = {"install": "hook", "uninstall": "hook", "attach": "hook"}
-    homes |= {"wrap_forward_step": "forward", "set_token_weight": "forward"}
+    homes |= {"wrap_forward_step": "forward", "set_token_weight": "window"}
     homes |= {"wrap_finalize_model_grads": "batch_alpha"}
     home = homes.get(name)
     if home is None:

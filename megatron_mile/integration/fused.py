@@ -16,7 +16,7 @@ import torch
 from megatron_mile.config import ObjectiveConfig
 from megatron_mile.errors import MileError
 from megatron_mile.integration.arguments import FUSED_FLAG as FLAG
-from megatron_mile.integration.forward import current_window, differentiated
+from megatron_mile.integration.window import current_window, differentiated
 from megatron_mile.linear import linear_token_loss
 from megatron_mile.loss import TokenLoss
 from megatron_mile.parallel import ProcessGroup

@@ -19,7 +19,6 @@ from megatron_mile.errors import MileError
 from megatron_mile.integration import models, versions
 from megatron_mile.integration.arguments import check_objective
 from megatron_mile.integration.emo_rows import RowsAhead, output_rows
-from megatron_mile.integration.forward import Window, current_window, differentiated
 from megatron_mile.integration.fused import (
     DeferredLogits,
     fuse_output_layer,
@@ -33,6 +32,7 @@ from megatron_mile.integration.models import (
     tp_group,
     unwrap,
 )
+from megatron_mile.integration.window import Window, current_window, differentiated
 from megatron_mile.loss import TokenLoss, token_loss
 from megatron_mile.ops import dispatch
 

@@ -4,7 +4,7 @@
 on Megatron-LM's main of 22 August 2026 (d98e8a64dd), which calls itself 0.20.0. What it has that
 0.19 has not, and concerns us:
 
-* `HybridModel.forward(compute_mtp_loss=False)` (#6119): models.mtp_heads, forward._watched_heads.
+* `HybridModel.forward(compute_mtp_loss=False)` (#6119): models.mtp_heads, window._watched_heads.
 * `--output-logit-dtype` (#6252): `output_dtype` of the output layer, which fused.py refuses.
 * prediction heads that cannot be built without Transformer Engine (#5748): cpu_mode.hybrid_layers.
 * evaluation over the data-parallel ranks with those of GTP (#6717): nothing to do, since all that

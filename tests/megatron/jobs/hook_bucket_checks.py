@@ -144,7 +144,7 @@ def check_ignored_labels_are_in_no_bucket() -> None:
 
 
 def check_prediction_heads_have_no_part() -> None:
-    model = build_model(mtp_num_layers=1)
+    model = build_model(mtp_num_layers=1, mtp_loss_scaling_factor=0.1)
     for train in (True, False):
         report = run(model, host_loss, MILE, train=train)[-1]
         uninstall()

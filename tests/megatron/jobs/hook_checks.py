@@ -36,9 +36,9 @@ from megatron_mile import (
 )
 from megatron_mile.errors import MileCompatError, MileError
 from megatron_mile.integration import refusals
-from megatron_mile.integration.forward import TrainedLoss
 from megatron_mile.integration.host import METHOD
 from megatron_mile.integration.models import installed_config
+from megatron_mile.integration.window import TrainedLoss
 from megatron_mile.loss import TokenLoss
 
 RANKS = 1
