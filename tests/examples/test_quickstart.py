@@ -166,8 +166,8 @@ def test_quickstart_leaves_a_finished_run_alone(finished: Path, corpus: Path) ->
 
 @pytest.mark.slow
 def test_hybrid_trains_the_same_layers_as_a_hybrid_model(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished / "data", tmp_path / "data")
     prepare_folder(tmp_path, ["mile"])
+    shutil.copytree(finished / "data", tmp_path / "data", dirs_exist_ok=True)
     run = quickstart.Quickstart(tmp_path, ["mile"], 1, Layout(2), HYBRID)
     run.train("mile")
     log = (tmp_path / "logs" / "train_mile.log").read_text()
